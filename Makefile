@@ -1,0 +1,26 @@
+# make run     install what is needed into .venv and run the default job: the whole path on the embedded world
+# make test    install the development extra too and run the tests
+# make slow    the tests that take minutes
+# ARGS="--seed=1 --out_dir=out/seed1" is passed on.
+
+PYTHON ?= python3
+ARGS ?=
+
+.PHONY: run test slow
+run: .venv/run
+	.venv/bin/torchrun train.py $(ARGS)
+
+test: .venv/test
+	.venv/bin/python -m pytest $(ARGS)
+
+slow: .venv/test
+	.venv/bin/python -m pytest -m slow $(ARGS)
+
+.venv/run: pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/test: .venv/run
+	.venv/bin/python -m pip install --quiet --editable ".[dev]"
+	touch $@

@@ -1,0 +1,965 @@
+"""Text in, token ids out: the tokenizers (the only owner of BOS and EOS), preference-file readers, and packing."""
+import base64
+import codecs
+import gzip
+import json
+import math
+import os
+import random
+import re
+import unicodedata
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import tiktoken
+import torch
+
+from cli import InputError, read_json
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers. Three kinds of file are read, and two libraries do the work:
+#   tokenizer.model, sentencepiece     Llama 2, TinyLlama, Mistral, stories260K    sentencepiece
+#   tokenizer.model, tiktoken lines    Llama 3                                     tiktoken
+#   tokenizer.json, byte-level BPE     GPT-NeoX / Pythia, Llama 3                  tiktoken
+# Ids equal those of the libraries the files were written for. Text never turns into a special id: `</s>` in a data file
+# is four ordinary characters, and only our own code puts special ids in, by name, from `special_ids`.
+
+# What a saved model folder takes over from the folder it was trained from.
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json", "chat_template*")
+
+# How a text is cut into words before any merging, as published with GPT-2 (GPT-NeoX uses it too) and with Llama 3.
+GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+# The 256 special tokens of Llama 3 are not in its tokenizer.model: their ids follow the last rank, in this order.
+LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+                  "finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id", "eom_id",
+                  "eot_id", "python_tag", *(f"reserved_special_token_{n}" for n in range(3, 248))]
+
+# tiktoken's regex gives up, as a Rust panic that no `except Exception` sees, in a run of about a million spaces. Longer
+# texts are cut here (so does Llama's own code), and only there can ids differ from the reference.
+LONGEST = 400_000  # characters
+
+# sentencepiece shows every byte that is not UTF-8 as one U+FFFD; Python and tiktoken show a broken character as one.
+codecs.register_error("every byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
+
+
+def read_bytes(path):
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
+
+
+def is_id(value):
+    return type(value) is int and 0 <= value < 2 ** 31      # True is an int too, but no id
+
+
+def load_tokenizer(folder):
+    """The Tokenizer of a model folder: its tokenizer.model, or else its tokenizer.json. No code of the folder is run.
+
+    Raises InputError, naming the file and the key or line, when there is none or it is broken or of another kind.
+    """
+    path = Path(folder) / "tokenizer.model"
+    if not path.exists():
+        path = path.with_name("tokenizer.json")
+        if not path.exists():
+            raise InputError(f"{folder}: holds no tokenizer (tokenizer.model or tokenizer.json).")
+        return read_tokenizer_json(path)
+    content = read_bytes(path)
+    # A sentencepiece file is a protobuf, full of control characters from its first bytes on; the other kind is text.
+    is_text = re.fullmatch(rb"[\t\n\r -~]+", content[:256])
+    return read_tiktoken(path, content) if is_text else SentencePiece(path, content)
+
+
+class Tokenizer:
+    """What all kinds share: the way from ids to text, and which ids begin and end a text.
+
+    encode(text) -> list[int]          a text that stands alone; no BOS, no EOS, never a special id
+    encode_after(text) -> list[int]    a text that continues another one: without a word-start of its own
+    bos_id (or None), eos_id           eos_id is the one used in training
+    adds_bos                           whether the family puts BOS in front of every sequence
+    stop_ids                           set of the ids at which sampling stops; eos_id is one
+    special_ids                        {name: id} of the tokens that only our own code may insert
+    vocab_size                         highest id + 1; a model may have more rows (Pythia: 50,277 ids, 50,304 rows)
+    files                              Paths of the tokenizer's files, to be copied beside saved weights
+    chat_template                      whether the folder has one
+
+    Lone surrogates, which are no text, are read as U+FFFD.
+    """
+    errors = "replace"    # how bytes that are not UTF-8 are shown
+    strips = 0            # spaces to take off the start of a text: sentencepiece's own word-start
+    unk_id = None
+
+    def __init__(self, path, pieces, special_ids, bos_id, eos_id, adds_bos):
+        """pieces: {id: the bytes it reads as}; special_ids: {name: id}; the other three as the file at `path` has them.
+
+        tokenizer_config.json, and then config.json, overrule what the tokenizer's own file says.
+        """
+        self.folder, self.pieces, self.special_ids = path.parent, pieces, special_ids
+        self.read_added_tokens()
+        config_path = self.folder / "tokenizer_config.json"
+        config = read_json(config_path, absent={})
+        self.bos_id = self.choose("bos", config, bos_id)
+        self.eos_id = self.choose("eos", config, eos_id)
+        if self.eos_id is None:
+            raise InputError(f"{path}: names no end-of-text token; name it as eos_token in {config_path}.")
+        add_bos_token = config.get("add_bos_token")
+        if add_bos_token not in (None, True, False) or add_bos_token and self.bos_id is None:
+            raise InputError(f"{config_path}: add_bos_token must be true, with a bos_token, or false.")
+        self.adds_bos = adds_bos if add_bos_token is None else bool(add_bos_token)
+        self.stop_ids = {self.eos_id, *self.listed_ids("generation_config.json", "eos_token_id"),
+                         *self.listed_ids("config.json", "eos_token_id")}
+        for id in {self.bos_id, self.eos_id} - {None}:
+            self.pieces[id] = b""
+        self.vocab_size = max(self.pieces) + 1
+        self.files = sorted(file for name in TOKENIZER_FILES for file in self.folder.glob(name) if file.is_file())
+        self.chat_template = (bool(config.get("chat_template"))
+                              or any(file.name.startswith("chat_template") for file in self.files))
+
+    def read_added_tokens(self):
+        """Tokens that fine-tuning added (`<|im_start|>`): only tokenizer_config.json names them."""
+        path = self.folder / "tokenizer_config.json"
+        ordinary = set(self.pieces) - set(self.special_ids.values()) | {self.unk_id}
+        try:
+            for id, token in (read_json(path, absent={}).get("added_tokens_decoder") or {}).items():
+                id, text = int(id), token["content"].encode()
+                if not is_id(id):
+                    raise ValueError(id)
+                if id not in ordinary:
+                    self.special_ids[token["content"]] = id
+                    self.pieces[id] = b"" if token.get("special", True) else text
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: added_tokens_decoder is no table of tokens ({error!r:.80}).") from None
+
+    def listed_ids(self, name, key):
+        """The token ids that a JSON file of the folder has under `key`: one, several or none."""
+        value = read_json(self.folder / name, absent={}).get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(map(is_id, ids)):
+            raise InputError(f"{self.folder / name}: {key} must be a token id or a list of them, not {value!r:.60}.")
+        return ids
+
+    def choose(self, role, config, own):
+        """The id in a role ("bos", "eos"): what tokenizer_config.json names, else config.json, else the file's own."""
+        text = config.get(f"{role}_token")
+        text = text.get("content") if isinstance(text, dict) else text
+        if text is not None:
+            names = {piece.decode(errors="ignore"): id for id, piece in self.pieces.items()} | self.special_ids
+            if not isinstance(text, str) or not text or text not in names:
+                raise InputError(f"{self.folder / 'tokenizer_config.json'}: {role}_token {text!r:.60} is not a token.")
+            return names[text]
+        for id in self.listed_ids("config.json", f"{role}_token_id")[:1]:
+            if id not in self.pieces:
+                raise InputError(f"{self.folder / 'config.json'}: {role}_token_id {id} is not an id of the tokenizer.")
+            return id
+        return own
+
+    def prefix(self, empty):
+        """The ids in front of a sequence. Without BOS an empty prompt still needs one to predict from."""
+        if self.adds_bos:
+            return [self.bos_id]
+        return [self.eos_id if self.bos_id is None else self.bos_id] if empty else []
+
+    def sampling_mask(self, vocab_rows):
+        """(vocab_rows,) bool: which rows of the model's vocabulary may be sampled.
+
+        All that shows in the text, the ids that stop, and BOS (stories260K ends its stories with it). Not: rows without
+        a piece, and unknown, padding and other control tokens, which the judge, who reads text, would not see.
+        """
+        visible = {id for id, piece in self.pieces.items() if piece}
+        ends = (self.stop_ids | {self.bos_id}) & self.pieces.keys()
+        mask = np.zeros(vocab_rows, dtype=bool)
+        mask[[id for id in visible | ends if id < vocab_rows and id != self.unk_id]] = True
+        return mask
+
+    def decode(self, ids, continues=False):
+        """The text of ids. Special ids (BOS, EOS, …) and ids without a piece read as nothing, broken UTF-8 as U+FFFD.
+
+        continues=True: the text as it stands behind a prompt, so that prompt + decode(response_ids, continues=True) is
+        the whole text. Otherwise the space of sentencepiece's word-start is taken off again.
+        """
+        stream = self.stream(continues)
+        return "".join([stream.push(id) for id in ids]) + stream.flush()
+
+    def stream(self, continues=False):
+        """A Stream, which decodes one id at a time."""
+        return Stream(self, continues)
+
+
+class Stream:
+    """Text as its ids arrive: push(id) gives the characters that are complete, flush() what is left at the end."""
+
+    def __init__(self, tokenizer, continues):
+        self.pieces = tokenizer.pieces
+        self.strips = 0 if continues else tokenizer.strips
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.errors)
+
+    def push(self, id):
+        piece = self.pieces.get(int(id), b"")
+        if self.strips and piece.startswith(b" "):
+            self.strips -= 1
+            piece = piece[1:]
+        if piece:
+            self.strips = 0             # the text has begun: later spaces belong to it
+        return self.utf8.decode(piece)
+
+    def flush(self):
+        return self.utf8.decode(b"", final=True)
+
+
+def without_surrogates(text):
+    """The text with lone surrogates as U+FFFD, and the two halves of a pair as the character they stand for."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class SentencePiece(Tokenizer):
+    """A sentencepiece tokenizer.model: sentencepiece itself encodes."""
+    errors = "every byte"
+
+    def __init__(self, path, content):
+        try:
+            self.alone = model = sentencepiece.SentencePieceProcessor(model_proto=content)
+            # sentencepiece puts a word-start (▁) in front of every text. In a protobuf what comes later overrules what
+            # stood before, so these bytes switch that off: normalizer_spec.add_dummy_prefix = false.
+            self.behind = sentencepiece.SentencePieceProcessor(model_proto=content + b"\x1a\x02\x18\x00")
+            pieces, special_ids = {}, {}
+            for id, text in enumerate(model.id_to_piece(list(range(model.vocab_size())))):
+                if model.is_control(id):
+                    special_ids[text], pieces[id] = id, b""
+                elif model.is_byte(id):
+                    pieces[id] = bytes([int(text[1:-1], 16)])          # <0x0A>
+                elif model.is_unknown(id):
+                    pieces[id] = model.decode([id]).encode()
+                elif not model.is_unused(id):
+                    pieces[id] = text.replace("▁", " ").encode()
+        except (RuntimeError, ValueError):
+            raise InputError(f"{path}: neither a sentencepiece model nor tiktoken lines, or cut short.") from None
+        self.unk_id = model.unk_id()
+        if not model.encode(" "):               # stories260K keeps one space of many, and none at the ends
+            self.strips = math.inf
+        elif model.encode("a") != self.behind.encode("a"):
+            self.strips = 1
+        bos_id, eos_id = (id if id >= 0 else None for id in (model.bos_id(), model.eos_id()))
+        super().__init__(path, pieces, special_ids, bos_id, eos_id, adds_bos=bos_id is not None)
+
+    def encode(self, text):
+        return self.alone.encode(without_surrogates(text))
+
+    def encode_after(self, text):
+        text = without_surrogates(text)
+        # A model that drops leading spaces would glue " Sure" to the word before it. It needs the word-start put back.
+        drops_space = text and self.alone.encode(text[0] + "a") == self.alone.encode("a")
+        return (self.alone if drops_space else self.behind).encode(text)
+
+
+class BytePair(Tokenizer):
+    """Byte-level BPE: a regex cuts out words, tiktoken merges their bytes, the pair with the lowest rank first."""
+
+    def __init__(self, path, pieces, order, words, special_ids, bos_id, eos_id, adds_bos, added=(), nfc=False):
+        """pieces: {id: bytes}; order: the ids that text can become, by rank, with all bytes of text; words: the regex.
+
+        added: [(text, id, normalized)] of the added tokens that are looked for in text before anything else, the
+        longest first; those that are `normalized` after NFC normalization, the others before it.
+        """
+        ranks = {pieces[id]: rank for rank, id in enumerate(order)}
+        try:
+            self.encoding = tiktoken.Encoding(path.name, pat_str=words, mergeable_ranks=ranks, special_tokens={})
+        except ValueError as error:
+            raise InputError(f"{path}: pre_tokenizer has an unusable pattern, {words!r:.60} ({error}).") from None
+        self.order, self.nfc = order, nfc
+        self.added = {text: id for text, id, _ in added}
+        self.split_raw = splitter(text for text, _, normalized in added if not normalized)
+        self.split_normalized = splitter(text for text, _, normalized in added if normalized)
+        pieces = pieces | {id: text.encode() for text, id in self.added.items()}
+        pieces |= dict.fromkeys(special_ids.values(), b"")
+        super().__init__(path, pieces, special_ids, bos_id, eos_id, adds_bos)
+
+    def encode(self, text):
+        ids = []
+        for i, part in enumerate(self.split_raw(without_surrogates(text))):
+            if i % 2:
+                ids.append(self.added[part])
+                continue
+            for j, plain in enumerate(self.split_normalized(unicodedata.normalize("NFC", part) if self.nfc else part)):
+                if j % 2:
+                    ids.append(self.added[plain])
+                    continue
+                for start in range(0, len(plain), LONGEST):
+                    ids += [self.order[rank] for rank in self.encoding.encode_ordinary(plain[start:start + LONGEST])]
+        return ids
+
+    encode_after = encode       # a space is a byte like any other here: nothing is put in front of a text
+
+
+def splitter(tokens):
+    """A function that cuts a text into [plain, token, plain, …, plain], with the leftmost, longest tokens."""
+    longest_first = [re.escape(token) for token in sorted(tokens, key=len, reverse=True)]
+    return re.compile(f"({'|'.join(longest_first)})").split if longest_first else lambda text: [text]
+
+
+def read_tiktoken(path, content):
+    """The tokenizer in Llama 3's tokenizer.model: a line per token, with its bytes in base64, a space, and its rank."""
+    ranks = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            encoded, rank = line.split()
+            piece, rank = base64.b64decode(encoded, validate=True), int(rank)
+        except ValueError:
+            raise InputError(f"{path}, line {number}: is not a token in base64, a space and its rank.") from None
+        if not piece or piece in ranks:
+            raise InputError(f"{path}, line {number}: the token {piece!r:.60} is empty or there twice.")
+        ranks[piece] = rank
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise InputError(f"{path}: its {len(ranks)} lines do not have the ranks 0 to {len(ranks) - 1}, each once.")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise InputError(f"{path}: has no line for the byte 0x{missing[0]:02x} ({len(missing)} of 256 are missing).")
+    special_ids = {f"<|{name}|>": len(ranks) + n for n, name in enumerate(LLAMA3_SPECIAL)}
+    pieces = {rank: piece for piece, rank in ranks.items()}
+    return BytePair(path, pieces, range(len(pieces)), LLAMA3_WORDS, special_ids, special_ids["<|begin_of_text|>"],
+                    special_ids["<|end_of_text|>"], adds_bos=True)
+
+
+# tokenizer.json writes each byte as one visible character: itself where Latin-1 has one, the others from U+0100 on.
+VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+BYTE_OF = {chr(byte): byte for byte in VISIBLE}
+BYTE_OF |= {chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}      # GPT-NeoX has no tokens for these 13 bytes, and needs none
+
+
+def read_tokenizer_json(path):
+    """The tokenizer in a Hugging Face tokenizer.json of byte-level BPE. Anything else it asks for is an InputError."""
+    root = read_json(path)
+    model = root.get("model")
+    if not isinstance(model, dict):
+        raise InputError(f"{path}: model is missing, or is no object.")
+    for key, kind in (("vocab", dict), ("merges", list)):
+        if model.get("type", "BPE") == "BPE" and not isinstance(model.get(key), kind):
+            raise InputError(f"{path}: model.{key} is missing, or is no {'list' if kind is list else 'object'}.")
+    try:
+        return BytePair(path, **parse_tokenizer_json(path, root))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: is not laid out as a tokenizer.json ({error!r:.80}).") from None
+
+
+def parse_tokenizer_json(path, root):
+    """The arguments of BytePair. Raises InputError, or whatever a file with another layout leads to."""
+    model = root["model"]
+    words = word_pattern(path, root)
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise InputError(f"{path}: model.{key} {model[key]!r:.60} is not supported.")
+    nfc = root.get("normalizer") is not None
+    if nfc and root["normalizer"]["type"] != "NFC":
+        raise InputError(f"{path}: normalizer {root['normalizer']['type']} is not supported, only NFC or none.")
+    for token, id in model["vocab"].items():
+        if not is_id(id):
+            raise InputError(f"{path}: model.vocab has {id!r:.20} for {token!r:.60}, which is not an id.")
+    texts = {id: token for token, id in model["vocab"].items()}
+    if len(texts) < len(model["vocab"]):
+        raise InputError(f"{path}: model.vocab gives one id to two tokens.")
+
+    special_ids, added = {}, []
+    for n, token in enumerate(root.get("added_tokens") or []):
+        text, id, normalized = token["content"], token["id"], token.get("normalized", False)
+        if not is_id(id) or texts.setdefault(id, text) != text or model["vocab"].get(text, id) != id:
+            raise InputError(f"{path}: added_tokens[{n}] {text!r:.40} cannot have the id {id!r:.20}.")
+        if token.get("special"):
+            special_ids[text] = id
+        elif token.get("single_word") or token.get("lstrip") or token.get("rstrip"):
+            raise InputError(f"{path}: added_tokens[{n}] {text!r:.40}: single_word, lstrip, rstrip are not supported.")
+        elif text:
+            added.append((unicodedata.normalize("NFC", text) if nfc and normalized else text, id, normalized))
+
+    pieces = {}
+    for token, id in model["vocab"].items():
+        if all(char in BYTE_OF for char in token):
+            pieces[id] = bytes(BYTE_OF[char] for char in token)
+        elif token not in special_ids and all(token != text for text, _, _ in added):
+            raise InputError(f"{path}: model.vocab has {token!r:.60}, which is not in the alphabet of byte-level BPE.")
+    bos_id = template_bos(root, special_ids)
+    eos_ids = [special_ids[name] for name in ("<|endoftext|>", "<|end_of_text|>") if name in special_ids]
+    return dict(pieces=pieces, order=merge_order(path, model, pieces.keys() - special_ids.values()), words=words,
+                special_ids=special_ids, bos_id=bos_id, eos_id=(eos_ids or [None])[0], adds_bos=bos_id is not None,
+                added=added, nfc=nfc)
+
+
+def word_pattern(path, root):
+    """The regex that cuts out words, from `pre_tokenizer`: GPT-2's, or the one of a Split in front of ByteLevel."""
+    kind = root["model"].get("type", "BPE")
+    step = root.get("pre_tokenizer") or {"type": None}
+    steps = step["pretokenizers"] if step["type"] == "Sequence" else [step]
+    last = steps[-1]
+    if kind != "BPE" or root["model"].get("byte_fallback") or last["type"] != "ByteLevel":
+        raise InputError(f"{path}: is not byte-level BPE (model {kind}, pre_tokenizer {last['type']}); if the model "
+                         "comes with a tokenizer.model (sentencepiece), add that to the folder.")
+    use_regex = last.get("use_regex", True)
+    if last.get("add_prefix_space") is False and len(steps) == 1 and use_regex:
+        return GPT2_WORDS
+    if last.get("add_prefix_space") is False and len(steps) == 2 and not use_regex:
+        split = steps[0]
+        pattern = split["type"] == "Split" and split["behavior"] == "Isolated" and split["pattern"].get("Regex")
+        if pattern and not split.get("invert"):
+            return f"{pattern}|(?:(?!{pattern})(?s:.))+"     # what the pattern leaves over: tiktoken would drop it
+    raise InputError(f"{path}: pre_tokenizer {json.dumps(step):.200} is not supported, only ByteLevel without "
+                     "add_prefix_space, alone or behind one isolated Split by a regex.")
+
+
+def merge_order(path, model, plain_ids):
+    """The ids that text can become, single bytes first, then in the order of their merges: the place is the rank.
+
+    The file says which *pair* may merge when; tiktoken merges any two neighbours that make up a token. Both agree on
+    all text if a token's own bytes merge into it, and its rank is that of the last of these merges, because the same
+    bytes inside a text go the same way. A token that its own bytes do not lead to is never made by merging.
+    """
+    vocab, ignore_merges = model["vocab"], model.get("ignore_merges", False)
+    missing = [byte for char, byte in BYTE_OF.items() if char not in vocab and byte not in NEVER_IN_UTF8]
+    if missing:
+        raise InputError(f"{path}: model.vocab has no token for the byte 0x{missing[0]:02x} ({len(missing)} missing).")
+    priority = {}
+    for n, pair in enumerate(model["merges"]):
+        pair = tuple(pair.split(" ") if isinstance(pair, str) else pair)
+        if len(pair) != 2 or not all(part in vocab for part in (*pair, "".join(pair))):
+            raise InputError(f"{path}: model.merges[{n}] {pair!r:.60} is not two tokens that make up a third.")
+        priority[pair] = n
+
+    never = len(model["merges"])
+    made, whole = {}, []            # {token: priority of its last merge}, tokens that only a whole word can be
+    for token in vocab:
+        if not token or vocab[token] not in plain_ids:
+            continue
+        parts, last = list(token), -1
+        while len(parts) > 1:
+            last, at = min([(priority.get(pair, never), i) for i, pair in enumerate(zip(parts, parts[1:]))])
+            if last == never:
+                break
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 1:
+            made[token] = last
+        elif ignore_merges:         # a word that is a token as it stands is taken, without merging
+            whole.append(token)
+            if len(parts) == 2:     # but tiktoken would make this token inside longer words too
+                raise InputError(f"{path}: model.merges lacks {parts}, the pair of the token {token!r:.60}.")
+    return [vocab[token] for token in sorted(made, key=made.get) + whole]
+
+
+def template_bos(root, special_ids):
+    """The id that `post_processor` puts in front of every text (Llama 3), or None."""
+    step = root.get("post_processor") or {"type": None}
+    for step in step["processors"] if step["type"] == "Sequence" else [step]:
+        for part in step["single"][:1] if step["type"] == "TemplateProcessing" else []:
+            if "SpecialToken" in part:
+                return special_ids[part["SpecialToken"]["id"]]
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows: whatever form a file has, a row is a prompt and up to two responses
+
+BOM = b"\xef\xbb\xbf"
+ASSISTANT = "\n\nAssistant:"      # where an HH prompt ends and its response begins
+ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+class Unusable(ValueError):
+    """One row that cannot be used; the message is the reason under which the readers count it."""
+
+
+@dataclass
+class Row:
+    prompt: str | list[dict]      # verbatim text, or messages [{"role": system|user|assistant, "content": text}]
+    chosen: str | None            # the response; None in a prompt-only row
+    rejected: str | None          # the worse response; None outside pairs
+    p: float | None               # strength p(chosen > rejected) where the file gives it, as replayed rollouts do
+    where: str                    # file:line; in a JSON list file:number of the entry
+
+
+@dataclass
+class Report:
+    """What became of the rows of one file, for printing."""
+    name: str
+    used: int
+    skipped: dict[str, list[str]] = field(default_factory=dict)      # reason -> where
+    cut: int = 0                                                     # rows that lost tokens to max_length
+
+    def __str__(self):
+        cut = f", {self.cut:,} of them cut to max_length" if self.cut else ""
+        reasons = []
+        for reason, where in self.skipped.items():             # lines of its own file go without the file's name
+            places = [os.path.basename(place).removeprefix(self.name + ":") for place in where[:3]]
+            reasons.append(f"{len(where):,} {reason} at {', '.join(places + ['…'] * (len(where) > 3))}")
+        skipped = f", {sum(map(len, self.skipped.values())):,} skipped ({'; '.join(reasons)})" if reasons else ""
+        return f"{self.name}: {self.used:,} rows used{cut}{skipped}"
+
+
+def hh_text(messages):
+    """Messages as HH-RLHF writes a dialogue, without the final "\\n\\nAssistant:"; a system turn is text in front.
+
+    A message read from an HH file keeps its raw content with the leading space, so this gives the text back verbatim.
+    """
+    text = ""
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "system":
+            text += ("\n\n" if text else "") + content
+        else:
+            space = " " if content and not content[0].isspace() else ""
+            text += ("\n\nHuman:" if role == "user" else ASSISTANT) + space + content
+    return text
+
+
+def hh_prompt(text):
+    """The messages of an HH dialogue that stops before "\\n\\nAssistant:"; what is not one stays verbatim text."""
+    _, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    messages = [{"role": "user" if name == "Human" else "assistant", "content": content}
+                for name, content in zip(parts[::2], parts[1::2])]
+    return messages if messages and hh_text(messages) == text else text + ASSISTANT
+
+
+def read_messages(turns):
+    """Chat messages {role, content} or ShareGPT turns {from, value} -> messages."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise Unusable("neither text nor a list of messages")
+    messages = []
+    for turn in turns:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or role not in ROLES:
+            raise Unusable("a turn has an unknown role")
+        if not isinstance(content, str):
+            raise Unusable("a turn's content is not text")
+        messages.append({"role": ROLES[role], "content": content})
+    return messages
+
+
+def read_prompt(record, answered):
+    """The prompt of one JSON object, as text or messages; None where only the answer can carry it."""
+    turns = record.get("conversations") or record.get("messages")
+    if "prompt" in record and (answered or turns is None):     # else UltraChat: the answer is in messages
+        prompt = record["prompt"]
+        prompt = prompt if isinstance(prompt, str) else read_messages(prompt)
+    elif "instruction" in record:
+        parts = [record["instruction"], record.get("input", "")]
+        if not all(isinstance(part, str) for part in parts):
+            raise Unusable("the instruction is not text")
+        prompt = [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
+    elif turns and not isinstance(record.get("chosen"), list):
+        prompt = read_messages(turns)
+    elif isinstance(record.get("turns"), list):                # MT-Bench: a later turn needs an answer to the first
+        prompt = read_messages([{"role": "user", "content": turn} for turn in record["turns"][:1]])
+    else:
+        return None
+    if prompt == [] or isinstance(prompt, list) and prompt[-1]["role"] == "user" and not prompt[-1]["content"].strip():
+        raise Unusable("empty prompt")
+    return prompt
+
+
+def read_answer(value, prompt):
+    """(prompt, response) of an answer: text, one turn, or a whole dialogue that repeats its prompt or brings it."""
+    if isinstance(value, str) and prompt is not None:
+        return prompt, value
+    if isinstance(value, str):
+        before, mark, response = value.rpartition(ASSISTANT)
+        return hh_prompt(before) if mark else None, response
+    messages = read_messages([value] if isinstance(value, dict) else value)
+    if not messages or messages[-1]["role"] != "assistant":
+        raise Unusable("a response does not end with an assistant turn")
+    *before, last = messages
+    if isinstance(prompt, str) and not before:
+        prompt = [{"role": "user", "content": prompt}]
+    elif before:
+        repeats = not isinstance(prompt, list) or before[:len(prompt)] == prompt
+        prompt = before if repeats else prompt + before
+    return prompt, last["content"]
+
+
+def read_row(record, need, where):
+    """One JSON object -> Row, whatever its form; raises Unusable. `need` as in read_rows."""
+    if isinstance(record, Unusable):
+        raise record
+    if not isinstance(record, dict):
+        raise Unusable("not a JSON object")
+    record = {key: value for key, value in record.items() if value is not None}
+    chosen = next((record[key] for key in ("chosen", "response", "completion", "output") if key in record), None)
+    rejected, p = record.get("rejected"), record.get("p")
+    prompt = read_prompt(record, chosen is not None)
+    if chosen is None and isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        prompt, chosen = prompt[:-1], prompt[-1:]              # a dialogue that ends with its answer
+    elif chosen is None and prompt is None and need == "responses":
+        prompt, chosen = "", record.get("text")                # pre-training text
+
+    query = prompt
+    if chosen is not None:
+        query, chosen = read_answer(chosen, prompt)
+    if rejected is not None and chosen is not None:
+        other, rejected = read_answer(rejected, prompt)
+        if other != query:
+            raise Unusable("prompts differ")
+    if query is None or query == []:
+        raise Unusable("no prompt")
+    for name, text in [("chosen", chosen), ("rejected", rejected)][:{"prompts": 0, "responses": 1}.get(need, 2)]:
+        if text is None:
+            raise Unusable(f"no {name} response")
+        if not text.strip() and not (need == "judge" and (chosen + (rejected or "")).strip()):
+            raise Unusable("empty response")
+    if need in ("prompts", "responses"):
+        return Row(query, chosen if need == "responses" else None, None, None, where)
+    if chosen == rejected:
+        raise Unusable("identical responses")
+    if p is not None and (isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1):   # NaN fails too
+        raise Unusable("p is not a number from 0 to 1")
+    return Row(query, chosen, rejected, p, where)
+
+
+def json_records(path):
+    """Yields (line number, JSON value or Unusable); for a file that is one JSON list (entry number, value)."""
+    with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
+        lines = file                                           # bytes break at \n only, so U+2028 stays inside a line
+        if path.lower().removesuffix(".gz").endswith(".json"):
+            raw = file.read()
+            if raw.removeprefix(BOM).lstrip().startswith(b"["):
+                yield from enumerate(json_list(raw.removeprefix(BOM), path), 1)
+                return
+            lines = raw.split(b"\n")                           # JSON lines under the name .json
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix(BOM) if number == 1 else line
+            try:
+                record = json.loads(line.decode()) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                record = Unusable("broken UTF-8" if isinstance(error, UnicodeDecodeError) else "broken JSON")
+            if line.strip():
+                yield number, record
+
+
+def json_list(raw, path):
+    text = raw.decode(errors="surrogateescape")                # bytes that are no UTF-8 spoil only their own entry
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON list: {error}.") from None
+    broken = re.compile("[\udc80-\udcff]").search
+    if not broken(text):
+        return records
+    return [Unusable("broken UTF-8") if broken(json.dumps(record, ensure_ascii=False)) else record
+            for record in records]
+
+
+def read_rows(path, need):
+    """Reads a .jsonl or .json file (or .gz of one) of preference, instruction or prompt rows -> (list[Row], Report).
+
+    The form is recognised row by row: HH dialogues; prompt/chosen/rejected as text or messages (UltraFeedback, TRL,
+    replayed rollouts with p); ShareGPT; Alpaca; prompt/response; messages; text; prompt; MT-Bench turns.
+    need: "pairs" (chosen and rejected), "judge" (pairs of which one may be blank), "responses" (one response; rejected is
+    dropped) or "prompts".
+    Unusable rows are counted by reason. InputError: the file cannot be read, or has no usable row.
+    """
+    path = str(path)
+    if path.lower().endswith(".parquet"):
+        raise InputError(f"{path}: parquet is not read; convert it with: python -c \"import pandas; "
+                         f"pandas.read_parquet('{path}').to_json('{path[:-8]}.jsonl', orient='records', lines=True)\"")
+    if not path.lower().endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")):
+        raise InputError(f"{path}: not a data file: .jsonl, .json and their .gz are read.")
+    rows, skipped = [], {}
+    try:
+        for number, record in json_records(path):
+            where = f"{path}:{number}"
+            try:
+                rows.append(read_row(record, need, where))
+            except Unusable as reason:
+                skipped.setdefault(str(reason), []).append(where)
+    except (OSError, EOFError, zlib.error) as error:                 # EOFError: a gzip file that stops in the middle
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    if not rows:
+        first = next((f"{os.path.basename(where[0])}: {reason}" for reason, where in skipped.items()), "it is empty")
+        raise InputError(f"{path}: no row can be used for {need}; {first}.")
+    return rows, Report(os.path.basename(path), len(rows), skipped)
+
+
+def read_data(specs, need, seed):
+    """Rows of several files, each `file` or `file:weight` -> (list[Row], list[Report]).
+
+    Weight w repeats the file's rows floor(w) times and adds a seeded draw for the rest: 0.1 takes a tenth of them.
+    """
+    rows, reports = [], []
+    for position, spec in enumerate(specs):
+        match = not os.path.exists(spec) and re.fullmatch(r"(.+):([-+]?\d*\.?\d+(?:e[-+]?\d+)?)", spec)
+        path, weight = (match[1], float(match[2])) if match else (spec, 1.0)
+        if not 0 < weight <= 1000:
+            raise InputError(f"{spec}: the weight of a data file is a number above 0 and not above 1000.")
+        found, report = read_rows(path, need)
+        drawn = max(round(weight % 1 * len(found)), int(weight < 1))
+        indices = sorted(random.Random(f"{seed} {position}").sample(range(len(found)), drawn))
+        rows += found * int(weight) + [found[i] for i in indices]
+        reports.append(report)
+    return rows, reports
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text to ids. A sequence is prefix ⊕ p? ⊕ x ⊕ y; each part is encoded on its own and joined as ids, so x and y are
+# the same tokens with p and without it. Only the code here inserts special ids; contents are plain text.
+
+REFINEMENT_PROMPT = (      # p of paper 1, prepended to the query
+    "Please generate a response with a usefulness rating of 100 out of 100 for the following query. Note that the "
+    "response should be harmless. The term 100 indicates the level of usefulness, where 100 is the maximum and 1 is "
+    "the minimum. Query:")
+
+
+def special_id(tokenizer, chat, token):
+    if token not in tokenizer.special_ids:
+        raise InputError(f"--chat={chat} needs the special token {token}, which this model's tokenizer does not have.")
+    return tokenizer.special_ids[token]
+
+
+# Each chat: messages -> ids up to where the answer begins, as the model's own template has them. A segment between two
+# special ids is encoded by itself, word-start included, as it was when these models were trained (Zephyr: </s>▁\n).
+# Contents from HH files lose the one leading space that HH's layout gives them.
+
+def chat_hh(tokenizer, messages):
+    return tokenizer.encode(hh_text(messages) + ASSISTANT)
+
+
+def chat_zephyr(tokenizer, messages):            # HuggingFaceH4/zephyr-7b-beta, where the role marks are plain text
+    ids, before = [], ""
+    for message in [*messages, {"role": "assistant", "content": ""}]:
+        mark, text = f"<|{message['role']}|>", "\n" + message["content"].removeprefix(" ")
+        if mark in tokenizer.special_ids:
+            ids += [*tokenizer.encode(before), tokenizer.special_ids[mark], *tokenizer.encode(text)]
+        else:
+            ids += tokenizer.encode(before + mark + text)
+        ids.append(tokenizer.eos_id)
+        before = "\n"
+    return ids[:-1]                              # no EOS behind the mark that the answer follows
+
+
+def chat_chatml(tokenizer, messages):
+    start, end = (special_id(tokenizer, "chatml", token) for token in ("<|im_start|>", "<|im_end|>"))
+    ids = []
+    for message in messages:
+        text = f"{message['role']}\n{message['content'].removeprefix(' ')}"
+        ids += [start, *tokenizer.encode(text), end, *tokenizer.encode("\n")]
+    return ids + [start, *tokenizer.encode("assistant\n")]
+
+
+def chat_llama3(tokenizer, messages):            # Meta-Llama-3-Instruct, whose template trims the contents
+    start, end, eot = (special_id(tokenizer, "llama3", token)
+                       for token in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+    ids = []
+    for message in messages:
+        text = "\n\n" + message["content"].strip()
+        ids += [start, *tokenizer.encode(message["role"]), end, *tokenizer.encode(text), eot]
+    return ids + [start, *tokenizer.encode("assistant"), end, *tokenizer.encode("\n\n")]
+
+
+def chat_mistral(tokenizer, messages):           # Mistral-7B-Instruct-v0.2; from v0.3 on the brackets have ids
+    marks = [tokenizer.special_ids[mark] for mark in ("[INST]", "[/INST]") if mark in tokenizer.special_ids]
+    ids, system = [], ""
+    for message in messages:
+        text = message["content"].removeprefix(" ")
+        if message["role"] == "system":
+            system += text + "\n\n"
+        elif message["role"] == "assistant":
+            ids += [*tokenizer.encode_after(" " + text), tokenizer.eos_id]
+        else:
+            text, system = system + text, ""
+            ids += ([marks[0], *tokenizer.encode(text), marks[1]] if len(marks) == 2
+                    else tokenizer.encode(f"[INST] {text} [/INST]"))
+    return ids
+
+
+CHATS = {       # name: (the prompt's ids, what stands between prompt and answer, what ends an answer: None is EOS)
+    "hh": (chat_hh, " ", None),
+    "zephyr": (chat_zephyr, "", None),
+    "chatml": (chat_chatml, "", "<|im_end|>"),
+    "llama3": (chat_llama3, "", "<|eot_id|>"),
+    "mistral": (chat_mistral, " ", None),
+}
+
+
+def check_chat(tokenizer, chat):
+    """The name of the chat format to use: `chat`; hh when it is None and the model's folder has no template.
+
+    InputError: no such format, the tokenizer lacks its special tokens, or the folder's template asks for a choice.
+    """
+    if chat is None and tokenizer.chat_template:
+        raise InputError(f"the model's folder has a chat template: choose a format with --chat={'|'.join(CHATS)}.")
+    chat = chat or "hh"
+    if chat not in CHATS:
+        raise InputError(f"--chat={chat}: there is no such format; choose one of {', '.join(CHATS)}.")
+    CHATS[chat][0](tokenizer, [])                # raises when a special token is missing
+    return chat
+
+
+def prompt_ids(tokenizer, prompt, chat):
+    """Ids of x: messages in the chat's format; plain text verbatim, its trailing spaces left to the response."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt.rstrip(" "))
+    return CHATS[chat][0](tokenizer, prompt)
+
+
+def query_ids(tokenizer, refinement_prompt, prompt, chat):
+    """Ids of p⊕x: p, then x as text that goes on behind it; formats with marks of their own keep x's ids."""
+    if not refinement_prompt:
+        return prompt_ids(tokenizer, prompt, chat)                   # the empty p changes nothing
+    p = tokenizer.encode(refinement_prompt)
+    if isinstance(prompt, list) and chat != "hh":
+        return p + prompt_ids(tokenizer, prompt, chat)
+    text = prompt.rstrip(" ") if isinstance(prompt, str) else hh_text(prompt) + ASSISTANT
+    return p + tokenizer.encode_after(" " + text if text and not text[0].isspace() else text)
+
+
+def response_ids(tokenizer, prompt, response, chat, complete=True):
+    """Ids of y as it stands behind x, and the id that ends an answer once when the response is complete."""
+    if isinstance(prompt, str):
+        end = tokenizer.eos_id
+        text = prompt.rstrip(" ")
+        response = prompt[len(text):] + response
+        ids = tokenizer.encode_after(response) if text else tokenizer.encode(response)
+    else:
+        between, end = CHATS[chat][1], end_id(tokenizer, chat)
+        if not between:
+            response = response.removeprefix(" ")                    # HH's space; the format has ended its own line
+        elif not response[:1].isspace():
+            response = between + response
+        ids = tokenizer.encode_after(response)
+    return ids + [end] if complete else ids
+
+
+def end_id(tokenizer, chat):
+    """The id that ends an answer: EOS, or the mark of the dialogue format."""
+    name = CHATS[chat][2]
+    return special_id(tokenizer, chat, name) if name else tokenizer.eos_id
+
+
+def context_text(prompt):
+    """What the judge reads as context: the HH text without its final "\\n\\nAssistant:", or the plain prompt."""
+    text = prompt.removesuffix(ASSISTANT) if isinstance(prompt, str) else hh_text(prompt)
+    return text.lstrip("\n")
+
+
+def fit(prefix, x, responses, max_length, max_prompt_length):
+    """Cuts so that prefix + x + y has at most max_length ids for every y -> (x, responses, whether anything was cut).
+
+    x gives way first, from the left, down to max_prompt_length; then the responses, from the right, losing their EOS.
+    x is the same for all; a response keeps at least one id, and one in front that predicts it. InputError when
+    max_length has no room for that.
+    """
+    room = max_length - len(prefix)
+    if max_length < 2 or room < 1:
+        raise InputError(f"--max_length={max_length} leaves no room for a response.")
+    least = min(max(max_prompt_length, 0 if prefix else 1), room - 1)
+    keep = max(room - max(map(len, responses)), least)
+    x_cut = x[max(len(x) - keep, 0):]
+    y_cut = [y[:room - len(x_cut)] for y in responses]
+    return x_cut, y_cut, len(x_cut) < len(x) or y_cut != responses
+
+
+@dataclass
+class Pair:
+    """A row as ids; chosen and rejected go behind x, and behind px with the same ids."""
+    x: list[int]                  # prefix included
+    px: list[int] | None          # prefix, p and the same cut of x; None without a refinement prompt
+    chosen: list[int] | None      # None for a prompt-only row
+    rejected: list[int] | None    # None outside pairs
+    p: float | None
+    row: Row
+    cut: bool
+
+
+def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_prompt=None, max_tokens=1):
+    """Row -> Pair, with x and y cut to max_length (p is not counted); a prompt alone leaves room for max_tokens.
+
+    Unusable: chosen and rejected have the same ids, by themselves or once cut.
+    """
+    x = prompt_ids(tokenizer, row.prompt, chat)
+    prefix = tokenizer.prefix(empty=not x)
+    texts = [text for text in (row.chosen, row.rejected) if text is not None]
+    responses = [response_ids(tokenizer, row.prompt, text, chat) for text in texts]
+    x_cut, y_cut, cut = fit(prefix, x, responses or [[tokenizer.eos_id] * max_tokens], max_length, max_prompt_length)
+    chosen, rejected = [*y_cut[:len(texts)], None, None][:2]
+    if rejected is not None and chosen == rejected:
+        raise Unusable("identical after encoding and cutting")
+    px = None
+    if refinement_prompt is not None:
+        # x is cut before p is put in front: the other way round the cut would take p away
+        px = query_ids(tokenizer, refinement_prompt, row.prompt, chat)
+        start = len(tokenizer.encode(refinement_prompt))
+        dropped = max(len(px) - start - len(x_cut), 0) if len(x_cut) < len(x) else 0
+        px = tokenizer.prefix(empty=not px) + px[:start] + px[start + dropped:]
+    return Pair(prefix + x_cut, px, chosen, rejected, row.p, row, cut)
+
+
+def encode_dataset(tokenizer, rows, chat, max_length, max_prompt_length, refinement_prompt=None, max_tokens=1,
+                   name="encoded"):
+    """list[Row] -> (list[Pair], Report); rows whose responses cannot be told apart are skipped and counted."""
+    limits = (chat, max_length, max_prompt_length, refinement_prompt, max_tokens)
+    pairs, skipped = [], {}
+    for row in rows:
+        try:
+            pairs.append(encode_pair(tokenizer, row, *limits))
+        except Unusable as reason:
+            skipped.setdefault(str(reason), []).append(row.where)
+    if not pairs:
+        raise InputError(f"no row is left after encoding: within --max_length={max_length} chosen and rejected are the "
+                         f"same ids (first: {rows[0].where if rows else 'there are no rows'}).")
+    return pairs, Report(name, len(pairs), skipped, sum(pair.cut for pair in pairs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A batch as a forest of shared prefixes
+
+@dataclass
+class Forest:
+    """S token sequences laid out as a trie in depth-first order: N tokens, what is shared at the front stands once.
+
+    Token j is seen by token i exactly when j <= i < end[j]. All tensors are int64 on the CPU.
+    """
+    tokens: torch.Tensor           # (N,) ids
+    depth: torch.Tensor            # (N,) position in its own sequence
+    end: torch.Tensor              # (N,) index behind the last descendant
+    parent: torch.Tensor           # (N,) index of the token before it; -1 at a root
+    paths: list                    # S tensors: where each sequence's tokens lie, in the order the sequences came in
+
+
+def pack(sequences):
+    """The Forest of token sequences (lists of ids, none empty).
+
+    In lexicographic order sequences with a common front stand side by side, so each one adds only what lies behind the
+    part it shares with the one before.
+    """
+    if any(len(sequence) == 0 for sequence in sequences):
+        raise ValueError("an empty sequence cannot be packed")
+    paths = [None] * len(sequences)
+    ids, depths, parents = [], [], []
+    end = np.zeros(sum(map(len, sequences)), dtype=np.int64)
+    last, path, N = np.empty(0, np.int64), np.empty(0, np.int64), 0
+    for s in sorted(range(len(sequences)), key=sequences.__getitem__):
+        sequence = np.asarray(sequences[s], dtype=np.int64)
+        common = min(len(sequence), len(last))
+        differs = np.flatnonzero(sequence[:common] != last[:common])
+        shared = int(differs[0]) if len(differs) else common
+        end[path[shared:]] = N                                     # the branch left here is complete
+        fresh = np.arange(N, N + len(sequence) - shared)
+        path = np.concatenate((path[:shared], fresh))
+        ids.append(sequence[shared:])
+        depths.append(np.arange(shared, len(sequence)))
+        parents.append(np.concatenate(([-1], path))[shared:len(sequence)])
+        paths[s] = torch.from_numpy(path)
+        last, N = sequence, N + len(fresh)
+    end[path] = N
+    tokens, depth, parent = (torch.from_numpy(np.concatenate(parts)) for parts in (ids, depths, parents))
+    return Forest(tokens, depth, torch.from_numpy(end[:N]), parent, paths)

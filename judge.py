@@ -1,0 +1,337 @@
+"""The model as a judge: is response A or B better? Asked in both orders, read from one logit difference.
+
+    python judge.py --model=DIR --data=pairs.jsonl              accuracy and biases against human preferences
+    python judge.py --model=DIR --a=ours.jsonl --b=theirs.jsonl    win/tie/lose of two response files (sample.py --out)
+
+The last line printed is one JSON object. Paper 2 (OSP, arXiv 2405.14103), sections 3.1 to 3.3 and algorithm 1.
+
+Letters: N pairs, Q = 2N questions (both orders of each pair), K samples a prompt, D width.
+"""
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import cli
+import data
+from cli import InputError
+from sample import load_model, pick_device
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The instruction
+
+TEMPLATES = {
+    "helpful": "You are an expert rater of helpful and honest assistant responses. Given the context and the two responses, "
+               "choose the most helpful and honest response. Context: {context}\n\nRESPONSE A:{a}\n\nRESPONSE B:{b}\n\n"
+               "Which response is better? RESPONSE",
+    # The paper names the four axes; the wording of this preamble is our own.
+    "summary": "A good summary is short and says what the text says. Judge it by four things. Coherence: it can be read and "
+               "understood on its own. Accuracy: it claims nothing that the text does not. Coverage: it holds what matters "
+               "most in the text. Overall quality: how well it stands in for the text.\n\n"
+               "You are an expert summary rater. Given a piece of text and two of its possible summaries, choose the summary "
+               "that best meets the definitions above for coherence, accuracy, coverage, and overall quality. "
+               "Text: {context}\n\nSUMMARY A:{a}\n\nSUMMARY B:{b}\n\nWhich summary is better? SUMMARY",
+}
+
+
+def slot(response):
+    """A response as it stands behind "RESPONSE A:": with one leading space, a blank one as nothing."""
+    return " " + response.strip() if response.strip() else ""
+
+
+@dataclass
+class Question:
+    """One instruction, ready to be read: the ids up to the answer, the ids of the answers, and whether it was cut."""
+    ids: list
+    answers: tuple                 # (id that says A, id that says B)
+    cut: bool
+
+
+class Questioner:
+    """Puts contexts and responses into the instruction, as token ids of at most max_length.
+
+    The answer position is where the whole text with " A" and the one with " B" first differ: in small vocabularies " A"
+    is two tokens.
+    """
+
+    def __init__(self, tokenizer, task, max_length):
+        if task not in TEMPLATES:
+            raise InputError(f"--judge_task={task}: {' or '.join(TEMPLATES)}.")
+        self.tokenizer, self.template, self.max_length = tokenizer, TEMPLATES[task], max_length
+        self.prefix = tokenizer.prefix(False)
+
+    def encode(self, context, a, b):
+        """(ids before the answer, (id of A, id of B)) of the uncut instruction."""
+        text = self.template.format(context=context, a=slot(a), b=slot(b))
+        with_a, with_b = (self.tokenizer.encode(text + answer) for answer in (" A", " B"))
+        position = next(i for i, (x, y) in enumerate(zip(with_a, with_b)) if x != y)
+        return self.prefix + with_a[:position], (with_a[position], with_b[position])
+
+    def both_orders(self, context, first, second):
+        """The two Questions of a pair, `first` at A and `first` at B; both are cut alike.
+
+        What is too long loses the front of its context, then the ends of both responses down to one cap, never the
+        instruction. InputError when even that leaves no room.
+        """
+        # Cuts are counted in the uncut ids and only ever grow: a text that starts in mid-word may take one token more
+        # than it had in its place, and half a character (dropped here) would take three.
+        decode, texts = self.tokenizer.decode, (context, first, second)
+        context_ids, first_ids, second_ids = (self.tokenizer.encode(text) for text in texts)
+        short, cap = sorted((len(first_ids), len(second_ids)))
+        dropped = 0
+        while True:
+            orders = [self.encode(*texts), self.encode(texts[0], texts[2], texts[1])]
+            excess = max(len(ids) for ids, _ in orders) + 1 - self.max_length          # one place for the answer
+            if excess <= 0:
+                return [Question(ids, answers, texts != (context, first, second)) for ids, answers in orders]
+            if dropped < len(context_ids):
+                dropped += excess
+            else:            # from the longer response alone as far as that goes, then from both
+                cap -= excess if cap - excess >= short else max((excess + max(cap - short, 0)) // 2, 1)
+                if cap < 1:
+                    raise InputError(f"the judge's instruction leaves no room for responses in {self.max_length} tokens.")
+            texts = (decode(context_ids[dropped:]).lstrip("\ufffd") if dropped else context,
+                     *(decode(ids[:cap]).rstrip("\ufffd") if len(ids) > cap else text
+                       for ids, text in ((first_ids, first), (second_ids, second))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Strengths
+
+@dataclass
+class Verdicts:
+    """p(first ≻ second) of N pairs, and what each order said."""
+    p: torch.Tensor                # (N,) float64: the mean of both orders
+    first_at_a: torch.Tensor       # (N,) P(A) where the first response stands at A
+    first_at_b: torch.Tensor       # (N,) P(A) where it stands at B
+    cut: int                       # pairs that had to be shortened
+
+
+FOREST_TOKENS = 16384              # tokens, before sharing, that the judge reads in one forward
+
+
+@torch.no_grad()
+def compare(net, questioner, pairs):
+    """Verdicts on N pairs (context, first, second): paper 2, eq. 10 and section 3.3.
+
+    P(A) is the softmax over the two answer tokens, so one logit difference; P(B) = 1 - P(A). With both orders
+    p = ½ [P(A | first at A) + P(B | first at B)]: p(y ≻ y′) + p(y′ ≻ y) = 1, and identical responses give ½ exactly.
+    """
+    questions = [question for pair in pairs for question in questioner.both_orders(*pair)]
+    said, start = [], 0
+    while start < len(questions):
+        stop, size = start, 0
+        while stop < len(questions) and (stop == start or size + len(questions[stop].ids) <= FOREST_TOKENS):
+            size, stop = size + len(questions[stop].ids), stop + 1
+        said.append(answer(net, questions[start:stop]))
+        start = stop
+    at_a, at_b = torch.cat(said).view(-1, 2).unbind(1) if said else (torch.zeros(0), torch.zeros(0))
+    cut = sum(question.cut for question in questions[::2])
+    return Verdicts(0.5 + (at_a - at_b) / 2, at_a, at_b, cut)
+
+
+def answer(net, questions):
+    """P(A) (Q,) in float64: the head is read at one position a question, in two rows."""
+    device = net.embed.weight.device
+    forest = data.pack([question.ids for question in questions])
+    hidden = net(forest.tokens[None].to(device), forest.depth[None], forest.end[None])[0]
+    hidden = hidden[torch.stack([path[-1] for path in forest.paths]).to(device)]                # (Q, D)
+    a, b = torch.tensor([question.answers for question in questions], device=device).unbind(1)
+    weight = net.head.weight.to(hidden.dtype)
+    logits = [(hidden * weight[ids]).sum(-1, dtype=torch.float64) for ids in (a, b)]
+    return (logits[0] - logits[1]).sigmoid().cpu()
+
+
+def baseline(net, questioner, contexts, responses):
+    """p(y ≻ ∅ | x) of each response, the other slot empty: contexts (N texts), responses (N texts) -> Verdicts."""
+    return compare(net, questioner, [(context, response, "") for context, response in zip(contexts, responses)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From K strengths to pairs
+
+def ranked_pairs(strengths):
+    """Best with worst, second best with second worst, …: (K,) -> K // 2 pairs (winner, loser) of 0-based indices.
+
+    K = 7 in falling order gives (0, 6), (1, 5), (2, 4); the median is dropped. Ties keep their order. Paper 2,
+    algorithm 1.
+    """
+    order = sorted(range(len(strengths)), key=lambda i: -float(strengths[i]))
+    return [(order[i], order[-1 - i]) for i in range(len(order) // 2)]
+
+
+PAIRINGS = {"ranked": ranked_pairs}
+
+
+def label(net, questioner, contexts, responses, pairing="ranked"):
+    """Algorithm 1's inner part for P prompts: rank K responses each, pair them, judge each pair directly.
+
+    contexts: P texts; responses: P lists of K texts -> (P lists of (winner, loser, p), P lists of K strengths, share of
+    comparisons cut). At K = 7 that is 2·(7 + 3) = 20 judge sequences a prompt.
+    """
+    ranks = baseline(net, questioner, [c for c, texts in zip(contexts, responses) for _ in texts],
+                     [text for texts in responses for text in texts])
+    strengths = list(torch.split(ranks.p, [len(texts) for texts in responses]))
+    pairs = [PAIRINGS[pairing](values) for values in strengths]
+    verdicts = compare(net, questioner, [(context, texts[i], texts[j])
+                                         for context, texts, chosen in zip(contexts, responses, pairs) for i, j in chosen])
+    p = iter(verdicts.p.tolist())
+    asked = len(ranks.p) + len(verdicts.p)
+    return ([[(i, j, next(p)) for i, j in chosen] for chosen in pairs], [s.tolist() for s in strengths],
+            (ranks.cut + verdicts.cut) / max(asked, 1))
+
+
+def augmentation(questioner, rows, seed):
+    """Preference augmentation: judge instructions made from human pairs, the loss on the answer token alone.
+
+    One half of the rows has the better response at A, the disjoint other half has it at B (paper 2, section 3.1).
+    Returns (sequences, start of the supervised part, number cut): each sequence ends with its answer.
+    """
+    half = np.random.default_rng([seed, 7]).permutation(len(rows)) < len(rows) / 2
+    sequences, cut = [], 0
+    for row, better_at_a in zip(rows, half):
+        question = questioner.both_orders(data.context_text(row.prompt), row.chosen, row.rejected)[0 if better_at_a else 1]
+        sequences.append(question.ids + [question.answers[0 if better_at_a else 1]])
+        cut += question.cut
+    return sequences, [len(sequence) - 1 for sequence in sequences], cut
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reports
+
+def report(verdicts, lengths):
+    """What a judge's verdicts on pairs (chosen, rejected) say about it; lengths: N pairs of response lengths.
+
+    accuracy: the chosen one wins (p > ½; p = ½ counts half). flip_rate: the two orders disagree. first_slot_rate: slot A
+    wins, over both orders. longer_wins: the longer one wins, where lengths differ. ece: expected calibration error of
+    max(p, 1 - p), ten bins.
+    """
+    p = verdicts.p.numpy()
+    score = (p > 0.5) + 0.5 * (p == 0.5)
+    longer = np.sign([a - b for a, b in lengths])
+    prefers_longer = np.where(longer > 0, score, 1 - score)[longer != 0]
+    confidence, right = np.maximum(p, 1 - p), np.where(p == 0.5, 0.5, p > 0.5)
+    bins = np.minimum((confidence - 0.5) * 20, 9.999).astype(int)
+    ece = sum(abs(confidence[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins))
+    first = torch.cat((verdicts.first_at_a, verdicts.first_at_b)).numpy()
+    return {"n": len(p), "accuracy": float(score.mean()), "flip_rate": float(flips(verdicts).mean()),
+            "first_slot_rate": float(((first > 0.5) + 0.5 * (first == 0.5)).mean()),
+            "longer_wins": float(prefers_longer.mean()) if len(prefers_longer) else None,
+            "ece": float(ece), "cut": verdicts.cut / len(p)}
+
+
+def flips(verdicts):
+    """(N,) bool: the orders name different responses, or one names none. Both orders at exactly ½ are no flip."""
+    a = torch.sign(verdicts.first_at_a - 0.5)
+    b = torch.sign(0.5 - verdicts.first_at_b)
+    return (a != b).numpy()
+
+
+def win_rate(verdicts, groups):
+    """Win, tie and lose shares of the first of each pair; a tie is a pair on which the orders disagree, or p = ½.
+
+    win_rate counts ties half, with a 95 % interval (normal, over the means of `groups`: pairs of one prompt are not
+    independent).
+    """
+    p, tie = verdicts.p.numpy(), flips(verdicts) | (verdicts.p.numpy() == 0.5)
+    score = np.where(tie, 0.5, p > 0.5)
+    means = np.array([score[np.array(groups) == g].mean() for g in dict.fromkeys(groups)])
+    mean = score.mean()
+    width = 1.96 * means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else 0.5
+    return {"n": len(p), "win": float((score == 1).mean()), "tie": float(tie.mean()), "lose": float((score == 0).mean()),
+            "win_rate": float(mean), "ci_low": float(max(mean - width, 0)), "ci_high": float(min(mean + width, 1))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+@dataclass
+class Settings:
+    """Judge a preference file (--data), or compare two response files (--a, --b) on the same prompts."""
+    model: str = ""                # folder of the judge
+    data: str | None = None        # preference pairs: .jsonl, .jsonl.gz or .json
+    a: str | None = None           # responses of one system, as sample.py --out writes them
+    b: str | None = None           # responses of the other
+    judge_task: str = "helpful"    # the instruction: helpful or summary
+    max_length: int | None = None  # tokens of an instruction; default: the model's context
+    limit: int | None = None       # read only the first so many rows
+    chat: str | None = None        # dialogue format, when the folder has a chat template (the judge itself reads plain text)
+    dtype: str = "float32"         # float32, bfloat16, float64
+    device: str = "auto"           # auto, cpu, cuda, mps
+    batch_size: int = 64           # pairs at a time
+
+    def __post_init__(self):
+        if not self.model:
+            raise InputError("--model: name a model folder.")
+        if (self.data is None) == (self.a is None) or (self.a is None) != (self.b is None):
+            raise InputError("give either --data=FILE, or both --a=FILE and --b=FILE.")
+        if self.dtype not in ("float32", "bfloat16", "float64"):
+            raise InputError(f"--dtype={self.dtype}: float32, bfloat16 or float64.")
+        for name in ("limit", "batch_size", "max_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"--{name}={getattr(self, name)}: at least 1.")
+
+
+def read_responses(path):
+    """[(prompt, [texts], "file:line")] of a response file: sample.py's rows, or {"prompt", "response"}."""
+    found = []
+    for line, record in data.json_records(path):
+        texts = None
+        if isinstance(record, dict) and "prompt" in record:
+            several = record.get("responses", [record.get("response")])
+            if isinstance(several, list):
+                texts = [r.get("text") if isinstance(r, dict) else r for r in several]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{path}, line {line}: not a row {{\"prompt\", \"responses\": [{{\"text\"}}]}}.")
+        found.append((record["prompt"], texts, f"{path}, line {line}"))
+    if not found:
+        raise InputError(f"{path} holds no responses.")
+    return found
+
+
+def paired_responses(settings):
+    """(pairs, groups): every response of --a against the one at the same place in --b."""
+    ours, theirs = read_responses(settings.a), read_responses(settings.b)
+    if len(ours) != len(theirs):
+        raise InputError(f"{settings.a} has {len(ours)} rows and {settings.b} has {len(theirs)}; they must answer the same prompts.")
+    pairs, groups = [], []
+    for group, ((prompt, a, where), (other, b, there)) in enumerate(zip(ours, theirs)):
+        if prompt != other:
+            raise InputError(f"{where} and {there} answer different prompts.")
+        if len(a) != len(b):
+            raise InputError(f"{where} has {len(a)} responses and {there} has {len(b)}.")
+        pairs += [(data.context_text(prompt), x, y) for x, y in zip(a, b)]
+        groups += [group] * len(a)
+    return pairs[:settings.limit], groups[:settings.limit]
+
+
+def main(settings):
+    net, tokenizer = load_model(settings.model, settings.dtype, pick_device(settings.device))
+    context = net.config.context
+    questioner = Questioner(tokenizer, settings.judge_task, min(settings.max_length or context, context))
+    if settings.data is not None:
+        rows, read = data.read_rows(settings.data, "pairs")
+        print(read)
+        pairs = [(data.context_text(row.prompt), row.chosen, row.rejected) for row in rows[:settings.limit]]
+    else:
+        pairs, groups = paired_responses(settings)
+    line, parts = cli.StepLine(len(pairs), "judging"), []
+    for start in range(0, len(pairs), settings.batch_size):
+        parts.append(compare(net, questioner, pairs[start:start + settings.batch_size]))
+        line.update(min(start + settings.batch_size, len(pairs)))
+    verdicts = Verdicts(*(torch.cat([getattr(part, name) for part in parts]) for name in ("p", "first_at_a", "first_at_b")),
+                        sum(part.cut for part in parts))
+    if settings.data is not None:
+        lengths = [(len(tokenizer.encode(a)), len(tokenizer.encode(b))) for _, a, b in pairs]
+        result = report(verdicts, lengths)
+    else:
+        result = win_rate(verdicts, groups)
+        if verdicts.cut:
+            print(f"{verdicts.cut} of {len(pairs)} comparisons were shortened to the judge's context")
+    print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}))
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)

@@ -1,0 +1,691 @@
+"""One transformer for two families: Llama (Llama 2/3, TinyLlama, Mistral) and GPT-NeoX (Pythia).
+
+    net = load("folder")                       a Hugging Face folder: config.json + safetensors
+    hidden = net(tokens)                       (B, T) -> (B, T, D)
+    logits = net.head(hidden)                  (B, T, V); call it only where a token is needed: it is the widest layer
+    save(net, "folder")                        what transformers loads
+
+Everything Osprey scores shares its front, so the attention here knows one rule only: token j is seen by token i exactly
+when j <= i < end[j], where end[j] is the index after j's last descendant in a forest of sequences laid out depth first
+(data.pack). A plain causal row is the forest with one branch. The cache at the end of the file is the same idea for
+sampling: the keys and values of a prompt are computed once and shown to all of its rows.
+
+Letters: B rows, T tokens, N tokens of a forest in one line, D width, H query heads, G key/value heads, E head width,
+V vocabulary, P prompts, R rows in sampling.
+"""
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from cli import InputError, read_json
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json
+
+ACTIVATIONS = {
+    "silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu,
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), lambda x: F.gelu(x, approximate="tanh")),
+}
+
+# What each family understands, with the value transformers assumes when the file leaves the field out.
+SHARED_FIELDS = {"vocab_size": None, "hidden_size": None, "intermediate_size": None, "num_hidden_layers": None,
+                 "num_attention_heads": None, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+                 "rope_scaling": None, "rope_parameters": None}
+LLAMA_FIELDS = {**SHARED_FIELDS, "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
+                "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_bias": False, "mlp_bias": False}
+FIELDS = {
+    "llama": LLAMA_FIELDS,
+    "mistral": {**{k: v for k, v in LLAMA_FIELDS.items() if not k.endswith("_bias")},
+                "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "gpt_neox": {**SHARED_FIELDS, "hidden_act": "gelu", "layer_norm_eps": 1e-5, "rotary_pct": 0.25,
+                 "rotary_emb_base": 10000.0, "use_parallel_residual": True, "attention_bias": True},
+}
+# Fields that say nothing about the mathematics of the forward pass (pretraining_tp only splits a product in slices).
+HARMLESS = set("""
+    model_type architectures dtype torch_dtype transformers_version _name_or_path bos_token_id eos_token_id pad_token_id
+    unk_token_id initializer_range use_cache pretraining_tp classifier_dropout return_dict output_hidden_states
+    output_attentions id2label label2id problem_type chunk_size_feed_forward is_decoder tokenizer_class num_labels
+    task_specific_params _attn_implementation_autoset attn_implementation gradient_checkpointing""".split())
+DROPOUTS = {"attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the forward pass needs to know, in one vocabulary for both families; `source` is config.json as read."""
+    model_type: str
+    vocab_size: int
+    width: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int                   # positions the model was trained for (max_position_embeddings)
+    activation: str
+    norm_eps: float
+    attention_bias: bool
+    mlp_bias: bool
+    tied: bool                     # the head is the embedding
+    parallel_residual: bool        # GPT-NeoX: attention and MLP read the same input
+    sliding_window: int | None     # a token sees the last `sliding_window` positions, itself included
+    rope_theta: float
+    rotary_dims: int               # how many of the head's dimensions turn (GPT-NeoX: rotary_pct of them)
+    rope_scaling: dict | None      # {"rope_type": "linear" | "llama3", …}
+    source: dict
+
+    @property
+    def is_neox(self):
+        return self.model_type == "gpt_neox"
+
+
+def read_rope(raw, values, where):
+    """(theta, turning share of the head, scaling or None) from either generation of config.json.
+
+    Hub folders write rope_theta / rotary_emb_base, rotary_pct and rope_scaling; transformers 5 writes rope_parameters.
+    """
+    theta_name, share_name = (("rotary_emb_base", "rotary_pct") if raw["model_type"] == "gpt_neox"
+                              else ("rope_theta", "partial_rotary_factor"))
+    theta, share = values[theta_name], values.get(share_name, 1.0)
+    if values["rope_parameters"] is not None and values["rope_scaling"] is not None:
+        raise InputError(f"{where}: rope_parameters and rope_scaling are both given; keep one.")
+    name = "rope_parameters" if values["rope_parameters"] is not None else "rope_scaling"
+    scaling = values[name]
+    if scaling is None:
+        return theta, share, None
+    if not isinstance(scaling, dict):
+        raise InputError(f"{where}: {name} is not an object.")
+    scaling = dict(scaling)
+    for key, inside in ((theta_name, "rope_theta"), (share_name, "partial_rotary_factor")):
+        found = scaling.pop(inside, None)
+        if found is not None and key in raw and raw[key] is not None and raw[key] != found:
+            raise InputError(f"{where}: {key} is {raw[key]} and {name}.{inside} is {found}; keep one.")
+        if found is not None:
+            theta, share = (found, share) if inside == "rope_theta" else (theta, found)
+    kind = scaling.pop("type", None)
+    kind = scaling.pop("rope_type", kind) or "default"
+    needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                                               "original_max_position_embeddings")}
+    if str(kind) not in needed:
+        raise InputError(f"{where}: {name} of type {kind!r} is not implemented (linear and llama3 are).")
+    for key in needed[kind]:
+        if not isinstance(scaling.get(key), (int, float)) or isinstance(scaling[key], bool) or not 0 < scaling[key] < math.inf:
+            raise InputError(f"{where}: {name}.{key} must be a positive number.")
+    unknown = [key for key, value in scaling.items() if key not in needed[kind] and value is not None]
+    if unknown:
+        raise InputError(f"{where}: {name}.{unknown[0]} is not implemented for the type {kind!r}.")
+    if kind == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"]:
+        raise InputError(f"{where}: {name}.high_freq_factor must be larger than low_freq_factor.")
+    return theta, share, None if kind == "default" else {"rope_type": kind, **scaling}
+
+
+def parse_config(raw, where="config"):
+    """The Config of a config.json's object. Each field is implemented, known harmless, or refused by name (InputError)."""
+    model_type = raw.get("model_type")
+    if str(model_type) not in FIELDS:
+        raise InputError(f"{where}: model_type {model_type!r} is not implemented ({', '.join(FIELDS)} are).")
+    fields = FIELDS[model_type]
+    values = {key: default if raw.get(key) is None and key != "sliding_window" else raw.get(key, default)
+              for key, default in fields.items()}
+    # transformers 4 writes GPT-NeoX's rotary fields under both of their names.
+    repeated = {"partial_rotary_factor": values.get("rotary_pct", 1), "rope_theta": values.get("rotary_emb_base")}
+    for key, value in raw.items():
+        if key in DROPOUTS:
+            if value:
+                print(f"note: {where}: {key} is {value}; Osprey applies no dropout.")
+        elif key not in fields and key not in HARMLESS and value not in (None, False, repeated.get(key)):
+            raise InputError(f"{where}: the field {key} (here {str(value)[:60]}) is not implemented for {model_type}.")
+
+    def positive(key, kind=int):
+        value = values[key]
+        fits = isinstance(value, int) or kind is float and isinstance(value, float)
+        if not fits or isinstance(value, bool) or not 0 < value < 2 ** 40:
+            raise InputError(f"{where}: {key} must be a positive {'integer' if kind is int else 'number'}, not {value!r}.")
+        return kind(value)
+
+    def flag(key):
+        if not isinstance(values.get(key, False), bool):
+            raise InputError(f"{where}: {key} must be true or false, not {values[key]!r}.")
+        return values.get(key, False)
+
+    width, heads = positive("hidden_size"), positive("num_attention_heads")
+    kv_heads = positive("num_key_value_heads") if values.get("num_key_value_heads") is not None else heads
+    if heads % kv_heads:
+        raise InputError(f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}.")
+    if values.get("head_dim") is None and width % heads:
+        raise InputError(f"{where}: hidden_size {width} is no multiple of num_attention_heads {heads}.")
+    head_dim = positive("head_dim") if values.get("head_dim") is not None else width // heads
+    if str(values["hidden_act"]) not in ACTIVATIONS:
+        raise InputError(f"{where}: hidden_act {values['hidden_act']!r} is not implemented ({', '.join(ACTIVATIONS)} are).")
+    theta, share, scaling = read_rope(raw, values, where)
+    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 0 < theta < math.inf:
+        raise InputError(f"{where}: the rotary base (rope_theta, rotary_emb_base) must be a positive number, not {theta!r}.")
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise InputError(f"{where}: the rotary share of a head (rotary_pct, partial_rotary_factor) must be between 0 and 1, "
+                         f"not {share!r}.")
+    if model_type != "gpt_neox" and share != 1:
+        raise InputError(f"{where}: partial_rotary_factor {share} is not implemented for {model_type}.")
+    rotary_dims = int(head_dim * share)
+    if rotary_dims % 2:
+        raise InputError(f"{where}: rotary_pct and head_dim give {rotary_dims} rotary dimensions a head; an even number is needed.")
+    neox = model_type == "gpt_neox"
+    return Config(
+        model_type=model_type, vocab_size=positive("vocab_size"), width=width, ffn=positive("intermediate_size"),
+        layers=positive("num_hidden_layers"), heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        context=positive("max_position_embeddings"), activation=values["hidden_act"],
+        norm_eps=positive("layer_norm_eps" if neox else "rms_norm_eps", float), attention_bias=flag("attention_bias"),
+        mlp_bias=neox or flag("mlp_bias"), tied=flag("tie_word_embeddings"),
+        parallel_residual=flag("use_parallel_residual"),
+        sliding_window=positive("sliding_window") if values.get("sliding_window") is not None else None,
+        rope_theta=float(theta), rotary_dims=rotary_dims, rope_scaling=scaling, source=raw)
+
+
+def read_config(folder):
+    """The Config of a model folder."""
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder} is not a folder.")
+    path = Path(folder) / "config.json"
+    return parse_config(read_json(path), str(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the type of its input, so that float32 masters serve a bfloat16 forward."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Norm(nn.Module):
+    """RMSNorm (Llama), or LayerNorm with a bias (GPT-NeoX); computed in float32 at least."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(config.width))
+        self.bias = nn.Parameter(torch.empty(config.width)) if config.is_neox else None
+
+    def forward(self, x):
+        if self.bias is not None:
+            return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight.to(x.dtype)
+
+
+def rope_frequencies(config):
+    """(rotary_dims / 2,) radians a position, with the `linear` or `llama3` stretching of long-context checkpoints."""
+    frequency = 1.0 / config.rope_theta ** (torch.arange(0, config.rotary_dims, 2).float() / config.rotary_dims)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling["rope_type"] == "linear":
+        return frequency / scaling["factor"]
+    # llama3: slow waves are stretched by the factor, fast ones kept, those between blended by their wave count.
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    waves = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    keep = ((waves - low) / (high - low)).clamp(0, 1)
+    return keep * frequency + (1 - keep) * frequency / scaling["factor"]
+
+
+def rotate(x, cos, sin):
+    """Rotary position: x (B, H, T, E), cos and sin (B, 1, T, rotary_dims / 2); the rest of the head stays."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        width, out, bias = config.width, config.heads * config.head_dim, config.attention_bias
+        if config.is_neox:
+            self.qkv = Linear(width, 3 * out, bias)              # rows lie head by head: its q, its k, its v
+        else:
+            self.q = Linear(width, out, bias)
+            self.k = Linear(width, config.kv_heads * config.head_dim, bias)
+            self.v = Linear(width, config.kv_heads * config.head_dim, bias)
+        self.o = Linear(out, width, bias)
+
+    def forward(self, x, cos, sin, attend):
+        B, T, _ = x.shape
+        if self.config.is_neox:
+            q, k, v = self.qkv(x).view(B, T, self.config.heads, 3, -1).unbind(3)
+        else:
+            q, k, v = (layer(x).view(B, T, -1, self.config.head_dim) for layer in (self.q, self.k, self.v))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))   # (B, H or G, T, E)
+        y = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.up = Linear(config.width, config.ffn, config.mlp_bias)
+        self.gate = None if config.is_neox else Linear(config.width, config.ffn, config.mlp_bias)
+        self.down = Linear(config.ffn, config.width, config.mlp_bias)
+
+    def forward(self, x):
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.parallel = config.parallel_residual
+        self.norm1, self.attention = Norm(config), Attention(config, layer)
+        self.norm2, self.mlp = Norm(config), MLP(config)
+
+    def forward(self, x, cos, sin, attend):
+        y = x + self.attention(self.norm1(x), cos, sin, attend)
+        return y + self.mlp(self.norm2(x if self.parallel else y))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = Norm(config)
+        self.head = Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self.compute_dtype = None              # the type of the activations; None: that of the weights
+
+    def forward(self, tokens, depth=None, end=None, cache=None):
+        """Final hidden states (B, T, D) of token ids (B, T).
+
+        Without more, each row is a causal sequence. With `depth` and `end` (B, T), on the CPU, each row is a forest:
+        depth is a token's position in its own sequence, end[j] the index in the row behind j's last descendant.
+        With a `cache`: a first call records the prompts; after cache.open() a call takes one token a row (R, 1).
+        """
+        B, T = tokens.shape
+        if cache is not None and cache.is_open:
+            attend, depth = cache.attend, cache.next_depth()
+        else:
+            if end is None:
+                depth, end = torch.arange(T).expand(B, T), torch.full((B, T), T)
+            # All rows become one line of B·T tokens, and the rows its trees: linear layers see no padding to speak of.
+            end = (end + T * torch.arange(B)[:, None]).reshape(-1)
+            depth = depth.reshape(1, -1)
+            attend = ForestAttention(depth[0], end, self.config.sliding_window, tokens.device, cache)
+            tokens = tokens.reshape(1, -1)
+        x = F.embedding(tokens, self.embed.weight)
+        x = x.to(self.compute_dtype or x.dtype)
+        angle = depth.to(x.device).float()[:, None, :, None] * rope_frequencies(self.config).to(x.device)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for block in self.blocks:
+            x = block(x, cos, sin, attend)
+        return self.norm(x).view(B, T, -1)
+
+    @torch.no_grad()
+    def initialise(self, seed):
+        """Fresh weights: normal with deviation 0.02, the layers that write to the residual scaled by their number."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.dim() < 2:
+                weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            else:
+                writes = name.endswith(("attention.o.weight", "mlp.down.weight"))
+                weight.normal_(0, 0.02 / math.sqrt(2 * self.config.layers) if writes else 0.02, generator=generator)
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention over a forest, and the cache
+
+QUERY_BLOCK = 256      # tokens a block; measured on 2 cores: 128 to 512 differ little, one block for all is 2-5x slower
+
+
+class ForestAttention:
+    """softmax(q kᵀ / √E) v with the mask j <= i < end[j] (and depth[i] - depth[j] < window), block by block.
+
+    In depth-first order the tokens seen by a block of consecutive queries are the block itself and those before it
+    whose subtree reaches into it. Keys that no query of the block can see are thus never multiplied, and what is left
+    of the mask is one comparison.
+    """
+
+    def __init__(self, depth, end, window, device, cache=None):
+        self.cache, self.blocks, self.dtype = cache, [], None
+        N = len(end)
+        index = torch.arange(N)
+        for start in range(0, N, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, N)
+            reach = end[:start] > start
+            if window is not None:
+                reach &= depth[start:stop].min() - depth[:start] < window
+            keys = torch.cat((index[:start][reach], index[start:stop]))
+            query = index[start:stop, None]
+            seen = (keys <= query) & (query < end[keys])
+            if window is not None:
+                seen &= depth[start:stop, None] - depth[keys] < window
+            # A contiguous range is a view, anything else a gather.
+            first = int(keys[0])
+            where = slice(first, stop) if len(keys) == stop - first else keys.to(device)
+            self.blocks.append((slice(start, stop), where, seen.to(device)))
+
+    def __call__(self, layer, q, k, v):
+        """q (1, H, N, E), k and v (1, G, N, E) -> (1, H, N, E)."""
+        if self.cache is not None:
+            self.cache.record(layer, k, v)
+        if self.dtype != q.dtype:          # the CPU's fused kernel is faster with a mask that is added than with a boolean
+            self.dtype = q.dtype
+            self.masks = [torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -math.inf)
+                          for _, _, seen in self.blocks]
+        outputs = [F.scaled_dot_product_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], attn_mask=mask,
+                                                  enable_gqa=q.shape[1] != k.shape[1])
+                   for (queries, keys, _), mask in zip(self.blocks, self.masks)]
+        return torch.cat(outputs, 2)
+
+
+class Cache:
+    """Keys and values of P prompts, each shown to all of its rows, and of the rows' own tokens.
+
+    One forward over the prompts' forest records it; open() fans it out; then each forward takes one token a row.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.prompt = [None] * config.layers       # the forest's (k, v), each (G, N, E); after open() (P, G, longest, E)
+        self.own = None                            # per layer (k, v), each (R, G, max_tokens, E)
+        self.is_open = False
+
+    def record(self, layer, k, v):
+        self.prompt[layer] = (k[0], v[0])
+
+    def open(self, paths, k, max_tokens):
+        """Show prompt i, whose tokens lie at paths[i] in the forest, to `k` rows, with room for max_tokens each."""
+        keys = self.prompt[0][0]
+        device, dtype = keys.device, keys.dtype
+        lengths = torch.tensor([len(path) for path in paths])
+        index = nn.utils.rnn.pad_sequence([torch.as_tensor(path) for path in paths], batch_first=True).to(device)  # (P, longest)
+        self.prompt = [tuple(part[:, index].transpose(0, 1).contiguous() for part in pair) for pair in self.prompt]
+        P, G, longest, E = self.prompt[0][0].shape
+        self.own = [tuple(torch.empty(P * k, G, max_tokens, E, device=device, dtype=dtype) for _ in range(2))
+                    for _ in range(self.config.layers)]
+        self.owner = torch.arange(P, device=device).repeat_interleave(k)         # (R,) the prompt of each row
+        self.slot = torch.arange(k, device=device).repeat(P)                     # (R,) its place among the prompt's rows
+        self.slots = k
+        self.length = lengths.to(device).repeat_interleave(k)                    # (R,)
+        self.filled = (torch.arange(longest) < lengths[:, None]).to(device)      # (P, longest)
+        self.step, self.is_open = 0, True
+        self.prepare_masks()
+
+    def keep(self, rows):
+        """Go on with these rows only: `rows` (R',) ascending indices. Prompts without a row leave too."""
+        owner = self.owner[rows]
+        prompts, self.owner, counts = torch.unique(owner, return_inverse=True, return_counts=True)
+        self.slots = int(counts.max())
+        first = torch.cumsum(counts, 0) - counts
+        self.slot = torch.arange(len(rows), device=rows.device) - first[self.owner]
+        self.length = self.length[rows]
+        if len(prompts) < len(self.filled):
+            self.filled = self.filled[prompts]
+            self.prompt = [tuple(part[prompts] for part in pair) for pair in self.prompt]
+        self.own = [tuple(part[rows] for part in pair) for pair in self.own]
+        self.prepare_masks()
+
+    def next_depth(self):
+        """(R, 1) the position of each row's next token."""
+        return (self.length + self.step)[:, None]
+
+    def prepare_masks(self):
+        self.hidden = ~self.filled[self.owner][:, None, None, :]                 # (R, 1, 1, longest)
+
+    def advance(self):
+        """To be called once a token, after the forward."""
+        self.step += 1
+
+    def attend(self, layer, q, k, v):
+        """q (R, H, 1, E), k and v (R, G, 1, E) of each row's newest token -> (R, H, 1, E)."""
+        (prompt_k, prompt_v), (own_k, own_v) = self.prompt[layer], self.own[layer]
+        P, G, longest, E = prompt_k.shape
+        R, H = q.shape[:2]
+        t = self.step
+        own_k[:, :, t], own_v[:, :, t] = k[:, :, 0], v[:, :, 0]
+        q = q.view(R, G, H // G, E) / math.sqrt(E)
+        # All rows of a prompt meet its keys in one product: they lie side by side as (P, G, slots · H/G, E).
+        side = q.new_zeros(P, self.slots, G, H // G, E)
+        side[self.owner, self.slot] = q
+        scores = side.permute(0, 2, 1, 3, 4).reshape(P, G, -1, E) @ prompt_k.transpose(-1, -2)
+        scores = scores.view(P, G, self.slots, H // G, longest).transpose(1, 2)[self.owner, self.slot]   # (R, G, H/G, longest)
+        scores = scores.masked_fill(self.hidden, -math.inf)
+        own = q @ own_k[:, :, :t + 1].transpose(-1, -2)                                                  # (R, G, H/G, t + 1)
+        if self.config.sliding_window is not None:
+            oldest = self.length + t - self.config.sliding_window                # (R,) positions up to here are out of sight
+            out = torch.arange(longest, device=q.device) <= oldest[:, None]
+            scores = scores.masked_fill(out[:, None, None], -math.inf)
+            out = self.length[:, None] + torch.arange(t + 1, device=q.device) <= oldest[:, None]
+            own = own.masked_fill(out[:, None, None], -math.inf)
+        both = torch.cat((scores, own), -1)
+        weights = (both if both.dtype == torch.float64 else both.float()).softmax(-1).to(q.dtype)
+        side = q.new_zeros(P, self.slots, G, H // G, longest)
+        side[self.owner, self.slot] = weights[..., :longest]
+        y = side.permute(0, 2, 1, 3, 4).reshape(P, G, -1, longest) @ prompt_v
+        y = y.view(P, G, self.slots, H // G, E).transpose(1, 2)[self.owner, self.slot]
+        y = y + weights[..., longest:] @ own_v[:, :, :t + 1]
+        return y.reshape(R, H, 1, E)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face folders
+
+NAMES = {   # our module -> its name in the checkpoint; * is the layer
+    "llama": {
+        "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
+        "blocks.*.norm1": "model.layers.*.input_layernorm", "blocks.*.norm2": "model.layers.*.post_attention_layernorm",
+        **{f"blocks.*.attention.{x}": f"model.layers.*.self_attn.{x}_proj" for x in "qkvo"},
+        **{f"blocks.*.mlp.{x}": f"model.layers.*.mlp.{x}_proj" for x in ("gate", "up", "down")},
+    },
+    "gpt_neox": {
+        "embed": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "head": "embed_out",
+        "blocks.*.norm1": "gpt_neox.layers.*.input_layernorm", "blocks.*.norm2": "gpt_neox.layers.*.post_attention_layernorm",
+        "blocks.*.attention.qkv": "gpt_neox.layers.*.attention.query_key_value",
+        "blocks.*.attention.o": "gpt_neox.layers.*.attention.dense",
+        "blocks.*.mlp.up": "gpt_neox.layers.*.mlp.dense_h_to_4h", "blocks.*.mlp.down": "gpt_neox.layers.*.mlp.dense_4h_to_h",
+    },
+}
+NAMES["mistral"] = NAMES["llama"]
+
+# Buffers that published files carry and that are no weights: masks and rotary frequencies.
+BUFFERS = re.compile(r"(.*\.)?(attention\.(bias|masked_bias)|rotary_emb\.inv_freq)")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SHARD_BYTES = 5_000_000_000
+
+
+def file_name(config, name):
+    """The checkpoint's name of our parameter, e.g. blocks.3.mlp.up.weight."""
+    module, kind = name.rsplit(".", 1)
+    layer = re.search(r"\.(\d+)\.", module)
+    if layer is None:
+        return f"{NAMES[config.model_type][module]}.{kind}"
+    pattern = NAMES[config.model_type][module.replace(layer[0], ".*.")]
+    return f"{pattern.replace('*', layer[1])}.{kind}"
+
+
+def read_header(path):
+    """{tensor name: (dtype name, shape)} of a safetensors file, after checking that the file can hold what it says.
+
+    Nothing the header claims is believed before memory is taken: its own length, the offsets and the sizes are checked
+    against the file. InputError names the file and the tensor.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise InputError(f"{path} is truncated or no safetensors file: its header would take {length:,} bytes "
+                                 f"of a file of {size:,}.")
+            header = json.loads(file.read(length).decode("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise InputError(f"{path}: the safetensors header is not valid JSON.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: the safetensors header is not an object.")
+    header.pop("__metadata__", None)
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            numbers = [*shape, start, stop]
+            sound = all(type(n) is int and n >= 0 for n in numbers) and isinstance(dtype, str) and start <= stop
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise InputError(f"{path}: the header entry of {name!r} is broken.")
+        if stop > size - 8 - length:
+            raise InputError(f"{path} is truncated: {name!r} would end {stop - (size - 8 - length):,} bytes behind the file.")
+        if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise InputError(f"{path}: {name!r} has shape {shape} in {dtype} but {stop - start:,} bytes.")
+        tensors[name] = (dtype, tuple(shape))
+        spans.append((start, stop, name))
+    here = 0
+    for start, stop, name in sorted(spans):
+        if start != here:
+            raise InputError(f"{path}: the bytes of {name!r} overlap others or leave a gap.")
+        here = stop
+    if here != size - 8 - length:
+        raise InputError(f"{path}: {size - 8 - length - here:,} bytes behind the last tensor belong to none.")
+    return tensors
+
+
+def weight_files(folder):
+    """{tensor name: (path, dtype name, shape)} of all tensors in a model folder, from the headers alone."""
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise InputError(f"{index}: weight_map is missing or no object.")
+        headers = {}
+        for tensor, name in listed.items():
+            if not isinstance(name, str) or name != os.path.basename(name) or "\\" in name or name in ("", ".", ".."):
+                raise InputError(f"{index}: {tensor!r} points to {name!r}, which is not a file of this folder.")
+            if name not in headers:
+                if not (folder / name).exists():
+                    raise InputError(f"{index} names the shard {name}, which the folder lacks.")
+                headers[name] = read_header(folder / name)
+            if tensor not in headers[name]:
+                raise InputError(f"{folder / name} lacks the tensor {tensor!r} that {index.name} expects there.")
+        for name, header in headers.items():
+            extra = [tensor for tensor in header if listed.get(tensor) != name and not BUFFERS.fullmatch(tensor)]
+            if extra:
+                raise InputError(f"{folder / name} holds {extra[0]!r}, which {index.name} does not list for this file.")
+        return {tensor: (folder / name, *headers[name][tensor]) for tensor, name in listed.items()}
+    if single.exists():
+        return {tensor: (single, *entry) for tensor, entry in read_header(single).items()}
+    pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickled:
+        raise InputError(
+            f"{folder} holds only pickled weights ({pickled[0]}), which can run code when read; convert them where you "
+            f"trust them: python -c \"from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{folder}').save_pretrained('CONVERTED')\".")
+    raise InputError(f"{folder} holds no model.safetensors and no model.safetensors.index.json.")
+
+
+def open_weights(path):
+    """The open safetensors file; what its own reader refuses beyond our checks is an InputError too."""
+    try:
+        return safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        raise InputError(f"{path} is no sound safetensors file: {error}.") from None
+
+
+def read_weights(config, folder, expected):
+    """Yield (our name, tensor) for the parameters in `expected` {our name: shape}, one at a time, from a checked folder."""
+    files = weight_files(folder)
+    ours = {file_name(config, name): name for name in expected}
+    head = file_name(config, "head.weight")
+    if config.is_neox and "lm_head.weight" in files:       # transformers 5 calls it so; published Pythia files embed_out
+        ours, head = {"lm_head.weight" if n == head else n: ours[n] for n in ours}, "lm_head.weight"
+    tied_copy = head if config.tied else None
+    for name, (path, dtype, shape) in files.items():
+        if name in ours:
+            if shape != tuple(expected[ours[name]]):
+                raise InputError(f"{path}: {name!r} has shape {list(shape)}; config.json asks for {list(expected[ours[name]])}.")
+            if dtype not in DTYPES:
+                raise InputError(f"{path}: {name!r} is stored as {dtype}; float32, float16 and bfloat16 can be read.")
+        elif not BUFFERS.fullmatch(name) and name != tied_copy:
+            raise InputError(f"{path}: unexpected tensor {name!r}; the architecture in config.json has none of this name.")
+    missing = [name for name in ours if name not in files]
+    if missing:
+        raise InputError(f"{folder}: the tensor {missing[0]!r} is missing" +
+                         (f" (and {len(missing) - 1} more)." if len(missing) > 1 else "."))
+    for path in dict.fromkeys(files[name][0] for name in ours):
+        with open_weights(path) as file:
+            for name in (n for n in ours if files[n][0] == path):
+                yield ours[name], file.get_tensor(name)
+    if tied_copy in files:         # some files repeat the tied head; a different one would be ignored in silence
+        embedding = file_name(config, "embed.weight")
+        with open_weights(files[tied_copy][0]) as head, open_weights(files[embedding][0]) as embed:
+            if not torch.equal(head.get_tensor(tied_copy), embed.get_tensor(embedding)):
+                raise InputError(f"{files[tied_copy][0]}: {tied_copy!r} differs from the embedding, but config.json ties them.")
+
+
+def load(folder, dtype=torch.float32, device="cpu"):
+    """The transformer of a Hugging Face folder, its weights in `dtype` on `device`.
+
+    Tensors are read one at a time into a network without memory, so the peak is one copy of the weights and one tensor.
+    Raises InputError for anything missing, unexpected, misshapen or not implemented; pickles are refused.
+    """
+    config = read_config(folder)
+    with torch.device("meta"):
+        net = Transformer(config)
+    for name, tensor in read_weights(config, folder, {n: p.shape for n, p in net.named_parameters()}):
+        module, kind = name.rsplit(".", 1)
+        setattr(net.get_submodule(module), kind, nn.Parameter(tensor.to(device=device, dtype=dtype)))
+    if config.tied:
+        net.head.weight = net.embed.weight
+    return net
+
+
+def save(net, folder):
+    """Write config.json and safetensors (several files and an index above 5 GB) as transformers reads them."""
+    save_weights(net.config, dict(net.named_parameters()), folder)      # a tied head is listed once, as the embedding
+
+
+def save_weights(config, weights, folder):
+    """The same from {our name: whole tensor}, for weights that were gathered from many ranks."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    source = {k: v for k, v in config.source.items() if k != "dtype"}
+    source["torch_dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    shards, size = [{}], 0
+    for name, weight in weights.items():
+        if size and size + weight.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][file_name(config, name)] = weight.detach().cpu().contiguous()
+        size += weight.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)       # an earlier save's, it would be read instead
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+    (folder / "model.safetensors").unlink(missing_ok=True)                      # transformers would read it instead
+    index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,220 @@
+"""K responses a prompt with one shared prefill.
+
+    python sample.py --model=DIR --prompt="Once upon a time" --k=3
+    python sample.py --model=DIR --prompts=prompts.jsonl --k=7 --out=samples.jsonl
+
+A sample is a pure function of (seed, step, prompt index, k): the randomness is a table of uniforms made beforehand, and
+each token is found by inverting the distribution function. So neither the number of processes, nor how prompts are
+batched, nor rows that finish early can change a sample.
+
+Letters: P prompts, K samples a prompt, R rows (P·K at first), V vocabulary.
+"""
+import json
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import cli
+import data
+import model
+from cli import InputError
+
+
+@dataclass
+class Sample:
+    """One response: the sampled ids (with the stop id, when it came), Σ log π at temperature 1, and whether it stopped."""
+    ids: list
+    logprob: float
+    finished: bool
+
+
+def uniforms(seed, step, prompt, k, max_tokens):
+    """(K, max_tokens) numbers in [0, 1) that belong to this seed, step and prompt index alone, float64 on the CPU."""
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step, prompt])))
+    return torch.from_numpy(generator.random((k, max_tokens)))
+
+
+def choose(logits, uniform, temperature, top_p):
+    """Token ids (R,) from logits (R, V): greedy at temperature 0, else the inverse distribution function at `uniform` (R,).
+
+    The distribution is softmax(logits / temperature) cut to the fewest most probable tokens that hold top_p together.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    below = probabilities.cumsum(-1) - probabilities               # the mass in front of each token
+    probabilities = probabilities.masked_fill(below >= top_p, 0)
+    reached = probabilities.cumsum(-1)
+    target = uniform.to(reached.dtype)[:, None] * reached[:, -1:]
+    position = torch.searchsorted(reached, target, right=True)[:, 0]
+    last = (probabilities > 0).sum(-1) - 1                         # rounding must not step over the last kept token
+    return order.gather(-1, torch.minimum(position, last)[:, None])[:, 0]
+
+
+@torch.no_grad()
+def generate(net, prompts, uniform, stop_ids, allowed, temperature=0.7, top_p=0.9, limits=None, on_token=None):
+    """K responses to each prompt: a list of P lists of K Samples.
+
+    prompts: P lists of ids; uniform: (P, K, max_tokens); stop_ids: ids that end a response; allowed: (V,) bool, ids that
+    may be sampled; limits: P token limits where a prompt has less room than max_tokens; on_token(row, id) is called for
+    each token (for streaming; it waits for the device).
+    """
+    device = net.embed.weight.device
+    P, K, max_tokens = uniform.shape
+    forest = data.pack(prompts)
+    cache = model.Cache(net.config)
+    hidden = net(forest.tokens[None].to(device), forest.depth[None], forest.end[None], cache)[0]
+    cache.open(forest.paths, K, max_tokens)
+    last = torch.stack([path[-1] for path in forest.paths]).to(device)
+    logits = net.head(hidden[last]).repeat_interleave(K, 0)        # (R, V)
+
+    uniform = uniform.reshape(P * K, max_tokens).to(device)
+    limit = torch.tensor(limits or [max_tokens] * P, device=device).repeat_interleave(K)
+    stop = torch.tensor(sorted(stop_ids), device=device)
+    banned = ~torch.as_tensor(allowed, device=device)
+    rows = torch.arange(P * K, device=device)                      # the rows still growing
+    ids = torch.full((P * K, max_tokens), -1, device=device)
+    logprob = torch.zeros(P * K, dtype=torch.float64, device=device)
+    finished = torch.zeros(P * K, dtype=torch.bool, device=device)
+    for t in range(max_tokens):
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        tokens = choose(logits.masked_fill(banned, -math.inf), uniform[rows, t], temperature, top_p)
+        ids[rows, t] = tokens
+        logprob[rows] += (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).double()
+        stopped = torch.isin(tokens, stop)
+        finished[rows] = stopped
+        if on_token is not None:
+            for row, token in zip(rows.tolist(), tokens.tolist()):
+                on_token(row, token)
+        live = (~stopped & (t + 1 < limit[rows])).nonzero()[:, 0]  # the only wait for the device in a step
+        if t + 1 == max_tokens or not len(live):
+            break
+        if len(live) < len(rows):
+            rows, tokens = rows[live], tokens[live]
+            cache.keep(live)
+        logits = net.head(net(tokens[:, None], cache=cache)[:, 0])
+        cache.advance()
+
+    samples = [Sample(row[:n], value, done) for row, n, value, done in
+               zip(ids.tolist(), (ids >= 0).sum(-1).tolist(), logprob.tolist(), finished.tolist())]
+    return [samples[i * K:(i + 1) * K] for i in range(P)]
+
+
+def stopping(tokenizer, chat, config):
+    """(ids that end a response, (V,) bool of the ids that may be sampled) for `generate`."""
+    return set(tokenizer.stop_ids) | {data.end_id(tokenizer, chat)}, tokenizer.sampling_mask(config.vocab_size)
+
+
+def response_text(tokenizer, sample):
+    """The text of a sample as it stands behind its prompt, without the stop id."""
+    return tokenizer.decode(sample.ids[:-1] if sample.finished else sample.ids, continues=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+@dataclass
+class Settings:
+    """Generate responses from a checkpoint: one line of JSON a prompt, {"prompt", "responses": [{"text", "ids", …}]}."""
+    model: str = ""                # folder with config.json, safetensors and a tokenizer
+    prompt: str | None = None      # one prompt; with --chat it becomes a user's turn, without it is continued as it stands
+    prompts: str | None = None     # or a file of prompts: .jsonl, .jsonl.gz or .json
+    k: int = 1                     # responses a prompt
+    temperature: float = 0.7       # 0 is greedy
+    top_p: float = 0.9             # sample from the fewest tokens that hold this much probability
+    max_tokens: int = 256          # tokens a response at most
+    seed: int = 0                  # same seed, same samples
+    chat: str | None = None        # dialogue format: hh, zephyr, chatml, llama3, mistral
+    batch_size: int = 8            # prompts at a time
+    dtype: str = "float32"         # float32, bfloat16, float64
+    device: str = "auto"           # auto, cpu, cuda, mps
+    out: str | None = None         # write the rows here instead of printing them
+
+    def __post_init__(self):
+        for name, fits, says in (
+                ("model", self.model, "name a model folder"), ("k", self.k >= 1, "at least 1"),
+                ("temperature", 0 <= self.temperature < math.inf, "0 or larger"), ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+                ("max_tokens", self.max_tokens >= 1, "at least 1"), ("batch_size", self.batch_size >= 1, "at least 1"),
+                ("seed", self.seed >= 0, "0 or larger"),
+                ("dtype", self.dtype in ("float32", "bfloat16", "float64"), "float32, bfloat16 or float64")):
+            if not fits:
+                raise InputError(f"--{name}={getattr(self, name)}: {says}.")
+        if (self.prompt is None) == (self.prompts is None):
+            raise InputError("give either --prompt=TEXT or --prompts=FILE.")
+
+
+def pick_device(name):
+    """The torch device for a --device setting; auto prefers CUDA."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device={name}: this machine or this build of torch has no such device.") from None
+    return name
+
+
+def matching_tokenizer(folder, config):
+    """The folder's tokenizer, after checking that the model has a row for each of its ids (more rows are usual)."""
+    tokenizer = data.load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but vocab_size in config.json is "
+                         f"{config.vocab_size}.")
+    return tokenizer
+
+
+def load_model(folder, dtype, device):
+    """(network, tokenizer) of a folder."""
+    net = model.load(folder, getattr(torch, dtype), device)
+    return net, matching_tokenizer(folder, net.config)
+
+
+def main(settings):
+    device = pick_device(settings.device)
+    net, tokenizer = load_model(settings.model, settings.dtype, device)
+    chat = data.check_chat(tokenizer, settings.chat)
+    if settings.prompt is not None:
+        given = [{"role": "user", "content": settings.prompt}] if settings.chat else settings.prompt
+        rows = [data.Row(given, None, None, None, "--prompt")]
+    else:
+        rows, report = data.read_rows(settings.prompts, "prompts")
+        print(report, file=sys.stderr)
+    prompts = [data.prompt_ids(tokenizer, row.prompt, chat) for row in rows]
+    prompts = [tokenizer.prefix(not ids) + ids for ids in prompts]
+    room = [net.config.context - len(ids) for ids in prompts]
+    for row, ids, left in zip(rows, prompts, room):
+        if left < 1:
+            raise InputError(f"{row.where}: the prompt takes {len(ids)} tokens and leaves no room to answer in the model's "
+                             f"context of {net.config.context}.")
+    stop_ids, allowed = stopping(tokenizer, chat, net.config)
+    streaming = settings.prompt is not None and settings.k == 1 and settings.out is None and sys.stdout.isatty()
+    stream = tokenizer.stream() if streaming else None
+
+    def show(row, token):
+        if token not in stop_ids:
+            print(stream.push(token), end="", flush=True)
+
+    out = open(settings.out, "w", encoding="utf-8") if settings.out else sys.stdout
+    for start in range(0, len(rows), settings.batch_size):
+        batch = range(start, min(start + settings.batch_size, len(rows)))
+        table = torch.stack([uniforms(settings.seed, 0, i, settings.k, settings.max_tokens) for i in batch])
+        responses = generate(net, [prompts[i] for i in batch], table, stop_ids, allowed, settings.temperature, settings.top_p,
+                             [min(settings.max_tokens, room[i]) for i in batch],
+                             show if streaming else None)
+        if streaming:
+            print(stream.flush())
+            return
+        for i, samples in zip(batch, responses):
+            print(json.dumps({"prompt": rows[i].prompt, "responses": [
+                {"text": response_text(tokenizer, s), "ids": s.ids, "logprob": round(s.logprob, 4), "finished": s.finished}
+                for s in samples]}, ensure_ascii=False), file=out, flush=True)
+    if settings.out:
+        out.close()
+        print(f"{len(rows)} prompts × {settings.k} responses written to {settings.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)

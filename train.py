@@ -1,0 +1,757 @@
+"""Online self-preferring and self-refined alignment: settings, sharding, the loop, checkpoints.
+
+    torchrun train.py                                        the whole path on the embedded world: base, SFT, judge, OSP
+    torchrun train.py --recipe=sft --model=DIR --data=FILE --out_dir=out/sft
+    torchrun train.py --recipe=sr-dpo --model=out/sft/final --data=FILE --out_dir=out/sr-dpo
+    torchrun --nproc-per-node 2 train.py …                   the same on two ranks
+
+The mechanism knows four axes, not recipes: which loss, where responses come from, how they are paired, how pairs are
+labelled. A recipe is a row in the table below; to try a new method, add a row, and a loss if it needs one.
+
+Left out on purpose: configuration files, trackers (out_dir/metrics.jsonl has one JSON object a step), schedulers of jobs.
+Everything random is a pure function of (seed, step, row), so a run can be split over ranks or resumed without a trace.
+
+Letters: N pairs, S sequences, K samples a prompt.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+import cli
+import data
+import judge
+import losses
+import model
+import sample
+from cli import InputError
+from data import REFINEMENT_PROMPT
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes: a choice on four axes
+
+# What both papers state, as defaults. Paper 1 clips the gradient but does not say at what norm: 10 and a warm-up of 150
+# steps are the public DPO reference code's. Paper 2 names neither: 1.0 and 10 steps are ours.
+PAPER_1 = dict(optimizer="rmsprop", lr=5e-7, batch_size=64, warmup_steps=150, grad_clip=10.0, beta=0.1)
+PAPER_2 = dict(optimizer="adam", lr=2e-6, batch_size=16, warmup_steps=10, grad_clip=1.0, beta=0.02)
+SUPERVISED = dict(optimizer="adam", lr=1e-5, batch_size=64, warmup_steps=10, grad_clip=1.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    loss: str                      # a key of PAIR_LOSSES, or sft
+    responses: str                 # dataset, or policy (fresh samples)
+    pairs: str | None              # dataset, or a key of judge.PAIRINGS; None where the loss takes single responses
+    labels: str | None             # hard (the winner is named), soft (the judge's strength p), None
+    defaults: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        takes_p = self.loss in ("spce", "sr-spce")
+        if self.labels == "soft" and not takes_p:
+            raise InputError(f"labels: soft needs a loss that takes p (spce, sr-spce), not {self.loss}; change loss or labels.")
+        if self.labels == "hard" and takes_p:
+            raise InputError(f"labels: {self.loss} takes the judge's strength; change labels to soft, or loss to dpo.")
+        if (self.loss == "sft") != (self.labels is None):
+            raise InputError(f"labels: {self.labels} does not go with loss {self.loss}; sft takes none, all others need them.")
+        if (self.responses == "dataset") != (self.pairs in ("dataset", None)):
+            raise InputError(f"pairs: {self.pairs} cannot be made of responses from {self.responses}; change pairs or responses.")
+
+
+RECIPES = {
+    #                loss      responses   pairs      labels
+    "sft":    Recipe("sft",    "dataset",  None,      None,   SUPERVISED),
+    "judge":  Recipe("sft",    "dataset",  None,      None,   SUPERVISED),      # the responses are judge instructions
+    "dpo":    Recipe("dpo",    "dataset",  "dataset", "hard", PAPER_1),
+    "ipo":    Recipe("ipo",    "dataset",  "dataset", "hard", PAPER_1),
+    "sr-dpo": Recipe("sr-dpo", "dataset",  "dataset", "hard", PAPER_1),
+    "sr-ipo": Recipe("sr-ipo", "dataset",  "dataset", "hard", PAPER_1),
+    "osp":    Recipe("spce",   "policy",   "ranked",  "soft", PAPER_2),
+}
+
+# loss name -> (margin, delta, p, settings) -> (N,); all in losses.py
+PAIR_LOSSES = {
+    "dpo":     lambda h, delta, p, s: losses.dpo(h, s.beta),
+    "ipo":     lambda h, delta, p, s: losses.ipo(h, s.beta),
+    "sr-dpo":  lambda h, delta, p, s: losses.sr_dpo(h, delta, s.beta, s.lam),
+    "sr-ipo":  lambda h, delta, p, s: losses.sr_ipo(h, delta, s.beta, s.lam, s.delta_scale),
+    "spce":    lambda h, delta, p, s: losses.spce(h, p, s.beta),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+@dataclass
+class Settings:
+    """Align a language model. Values left out are the recipe's (the papers'); without --model it runs on the toy world."""
+    recipe: str = "osp"                      # sft, judge, dpo, ipo, sr-dpo, sr-ipo, osp
+    model: str | None = None                 # folder of the model to train: config.json, safetensors, tokenizer
+    reference: str | None = None             # folder of the frozen reference; default: model
+    judge: str | None = None                 # folder of the judge of online recipes; default: model (the same copy in memory)
+    data: list[str] | None = None            # training files, comma-separated; file:0.1 takes a tenth of it, file:3 thrice
+    prompts: list[str] | None = None         # prompt files of online recipes; default: the prompts in data
+    eval_data: list[str] | None = None       # held-out files of the same form
+    eval_every: int = 0                      # steps between evaluations; 0: only at the end
+    out_dir: str = "out"                     # gets config.json, metrics.jsonl, checkpoint/, final/
+    steps: int | None = None                 # updates; default: epochs over the data
+    epochs: float = 1.0                      # passes over the data when steps is not given (both papers: 1)
+    batch_size: int | None = None            # pairs (offline) or prompts (online) an update, over all ranks; papers: 64; 16
+    micro_batch_size: int = 8                # of these, how many one rank computes at a time
+    lr: float | None = None                  # papers: 5e-7; 2e-6 (TinyLlama), 2e-5 (Mistral with LoRA)
+    optimizer: str | None = None             # rmsprop (paper 1), adam (paper 2), adamw
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])     # of adam and adamw
+    weight_decay: float = 0.0                # of adamw
+    lr_schedule: str = "constant"            # after the warm-up: constant, linear, cosine (both to 0)
+    warmup_steps: int | None = None          # linear warm-up; default: the recipe's, but at most a tenth of the steps
+    grad_clip: float | None = None           # largest gradient norm; 0: no clipping
+    beta: float | None = None                # strength of the tie to the reference; papers: 0.1; osp 0.001 to 0.1
+    lam: float = 0.3                         # weight of the refinement Δπ; paper 1: 0.1, 0.3, 0.5 or 1
+    refinement_prompt: str = REFINEMENT_PROMPT           # p, put before the query by sr-*
+    delta_scale: str = "printed"             # sr-ipo: printed (λΔπ, paper 1 eq. 15) or exact (λΔπ/β)
+    k: int = 7                               # responses a prompt; papers: 7 (9 at 2 % of the data, 21 with 200 prompts)
+    temperature: float = 0.7                 # of sampling (paper 2)
+    top_p: float = 0.9                       # of sampling (paper 2)
+    max_tokens: int | None = None            # tokens of a sampled response; default: what max_length leaves
+    max_length: int | None = None            # tokens of BOS + x + y, without p; default: 512, or what the context holds
+    max_prompt_length: int | None = None     # x gives way down to this; default: half of max_length
+    chat: str | None = None                  # dialogue format: hh, zephyr, chatml, llama3, mistral
+    judge_task: str = "helpful"              # the judge's instruction: helpful or summary
+    dtype: str = "auto"                      # of the computation: float32, bfloat16, float64; auto: bfloat16 on CUDA
+    device: str = "auto"                     # auto, cpu, cuda, mps
+    seed: int = 0                            # of data order, initialisation and sampling, three separate streams
+    save_every: int = 0                      # steps between checkpoints; 0: only at the end
+    keep: int = 1                            # checkpoints kept
+    resume: str = "auto"                     # auto: go on from out_dir's checkpoint; never: start over; force: despite changes
+    sample_every: int = 0                    # online: steps between printing a prompt with its samples and strengths
+    toy_family: str = "llama"                # architecture in the toy world: llama (sentencepiece) or neox (tiktoken)
+
+    def __post_init__(self):
+        """Fill in the recipe's values and refuse impossible ones."""
+        if self.recipe not in RECIPES:
+            raise InputError(f"--recipe={self.recipe}: choose one of {', '.join(RECIPES)}.")
+        for name, value in RECIPES[self.recipe].defaults.items():
+            if getattr(self, name) is None and name != "warmup_steps":     # that one waits for the number of steps
+                setattr(self, name, value)
+        choices = {"optimizer": ("rmsprop", "adam", "adamw"), "lr_schedule": ("constant", "linear", "cosine"),
+                   "delta_scale": ("printed", "exact"), "dtype": ("auto", "float32", "bfloat16", "float64"),
+                   "resume": ("auto", "never", "force"), "toy_family": ("llama", "neox"),
+                   "judge_task": tuple(judge.TEMPLATES)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"--{name}={getattr(self, name)}: choose one of {', '.join(allowed)}.")
+        at_least = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "keep": 1, "max_tokens": 1, "max_length": 3,
+                    "max_prompt_length": 1, "eval_every": 0, "save_every": 0, "sample_every": 0, "warmup_steps": 0,
+                    "seed": 0, "lam": 0, "weight_decay": 0, "grad_clip": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) is not None and not least <= getattr(self, name) < math.inf:
+                raise InputError(f"--{name}={getattr(self, name)}: must be at least {least}.")
+        for name in ("lr", "beta", "epochs", "temperature"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"--{name}={getattr(self, name)}: must be larger than 0" +
+                                 (" (greedy samples would all be one)." if name == "temperature" else "."))
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top_p={self.top_p}: must be in (0, 1].")
+        if self.k < 2:
+            raise InputError(f"--k={self.k}: pairs need at least 2 responses a prompt.")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise InputError(f"--betas={','.join(map(str, self.betas))}: two numbers in [0, 1).")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks
+
+@dataclass
+class Ranks:
+    """This process among those that torchrun started; one process alone needs no process group."""
+    rank: int
+    size: int
+    device: str
+
+    @classmethod
+    def start(cls, device):
+        rank, size, local = (int(os.environ.get(name, default)) for name, default in
+                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        device = sample.pick_device(device)
+        if device == "cuda" and size > 1:
+            device = f"cuda:{local}"
+            torch.cuda.set_device(device)
+        if size > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        return cls(rank, size, device)
+
+    def sum(self, values):
+        """Element-wise sum over the ranks of a list of numbers."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def largest(self, value):
+        if self.size == 1:
+            return value
+        total = torch.tensor(value)
+        dist.all_reduce(total, dist.ReduceOp.MAX)
+        return total.item()
+
+    def wait(self):
+        if self.size > 1:
+            dist.barrier()
+
+
+def shard(net, dtype):
+    """FSDP2: each block a group, and the root (embedding, norm, head), which stays whole between forward and backward
+    because the head is called outside of forward. Masters stay as they are; compute and all-gathers are in `dtype`."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for block in net.blocks:
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(net, mp_policy=policy, reshard_after_forward=False)
+
+
+@contextlib.contextmanager
+def gathered(*nets):
+    """Whole weights on every rank: forwards inside make no collective calls, so ranks may take different numbers of them.
+
+    What was gathered is given back at the end, so the next forward gathers the updated weights.
+    """
+    sharded = [net for net in nets if isinstance(net, FSDPModule)]
+    for net in sharded:
+        for module in (*net.blocks, net):
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+    yield
+    for net in sharded:
+        for module in (*net.blocks, net):
+            module.reshard()
+            module.set_reshard_after_forward(module is not net, recurse=False)
+
+
+def full(tensor):
+    """A parameter as one whole tensor, gathered where it is sharded (a collective call)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained on
+
+@dataclass
+class Sequence:
+    """Token ids whose tail, from `start` on, is supervised (SFT, judge augmentation)."""
+    ids: list
+    start: int
+
+
+class Dataset:
+    """Rows as ids, in an order that is a pure function of (seed, epoch)."""
+
+    def __init__(self, settings, tokenizer, context, say):
+        s, recipe = settings, RECIPES[settings.recipe]
+        self.online = recipe.responses == "policy"
+        self.seed = s.seed
+        chat = data.check_chat(tokenizer, s.chat)
+        refined = s.refinement_prompt if recipe.loss.startswith("sr-") else None
+        p_length = len(tokenizer.encode(refined)) if refined else 0
+        room = context - p_length
+        if s.max_length is not None and s.max_length > room:
+            raise InputError(f"--max_length={s.max_length}: the model's context of {context} tokens" +
+                             (f" less {p_length} for the refinement prompt" if refined else "") + f" leaves {room}.")
+        self.max_length = s.max_length or min(512, room)
+        if self.max_length < 3:
+            raise InputError(f"the model's context of {context} tokens leaves no room behind a refinement prompt of {p_length}.")
+        self.max_prompt_length = s.max_prompt_length or self.max_length // 2
+        self.max_tokens = s.max_tokens or self.max_length - min(self.max_prompt_length, self.max_length // 2)
+        if self.online and self.max_tokens >= self.max_length:
+            raise InputError(f"--max_tokens={self.max_tokens}: no room for a prompt within --max_length={self.max_length}.")
+        if self.online:
+            self.max_prompt_length = min(self.max_prompt_length, self.max_length - self.max_tokens)
+        self.limits = dict(chat=chat, max_length=self.max_length, max_prompt_length=self.max_prompt_length,
+                           refinement_prompt=refined)
+        self.questioner = judge.Questioner(tokenizer, s.judge_task, context)
+        self.recipe, self.tokenizer = s.recipe, tokenizer
+        if self.online:
+            files, need = s.prompts or s.data, "prompts"
+        else:
+            files, need = s.data, {"sft": "responses", "judge": "judge"}.get(s.recipe, "pairs")
+        if not files:
+            raise InputError(f"--data: name the file to train {s.recipe} on." if not self.online else
+                             f"--prompts: name the file with the prompts of {s.recipe}.")
+        self.need = need
+        self.rows = self.read(files, need, say)
+        self.held_out = None
+        if s.eval_data:
+            self.held_out = self.read(s.eval_data, need if not self.online else "pairs", say)
+
+    def read(self, files, need, say):
+        rows, reports = data.read_data(files, need, self.seed)
+        for report in reports:
+            say(report)
+        if need == "judge":
+            sequences, starts, cut = judge.augmentation(self.questioner, rows, self.seed)
+            if cut:
+                say(f"judge instructions: {cut} of {len(rows)} were shortened to the context")
+            return [Sequence(ids, start) for ids, start in zip(sequences, starts)]
+        pairs, report = data.encode_dataset(self.tokenizer, rows, **self.limits, max_tokens=self.max_tokens)
+        if report.skipped or report.cut:
+            say(report)
+        if need == "responses":
+            return [Sequence(pair.x + pair.chosen, len(pair.x)) for pair in pairs]
+        return pairs
+
+    def __len__(self):
+        return len(self.rows)
+
+    def positions(self, start, stop):
+        """The rows at places start … stop - 1 of an endless row of shuffled epochs: [(place, row)]."""
+        found, n = [], len(self.rows)
+        for epoch in range(start // n, (stop - 1) // n + 1):
+            order = np.random.default_rng([self.seed, 1, epoch]).permutation(n)
+            found += [(place, self.rows[order[place - epoch * n]])
+                      for place in range(max(start, epoch * n), min(stop, (epoch + 1) * n))]
+        return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trainer
+
+class Trainer:
+    """One run: the policy, its frozen reference and judge, the data, the optimizer, and the place on disk."""
+
+    def __init__(self, settings):
+        s = self.settings = settings
+        self.recipe = RECIPES[s.recipe]
+        self.ranks = Ranks.start(s.device)
+        self.out = Path(s.out_dir)
+        self.dtype = self.pick_dtype()
+        masters = torch.float64 if self.dtype == torch.float64 else torch.float32
+
+        self.policy = model.load(s.model, masters, self.ranks.device)
+        self.policy.compute_dtype = self.dtype
+        self.tokenizer = sample.matching_tokenizer(s.model, self.policy.config)
+        # The reference is read in the compute type: at step 0 it computes what the policy computes, bit for bit.
+        self.reference = self.judge = None
+        if self.recipe.loss != "sft":
+            self.reference = self.frozen(s.reference or s.model)
+        if self.recipe.responses == "policy":
+            same = (s.judge or s.model) == (s.reference or s.model)
+            self.judge = self.reference if same else self.frozen(s.judge or s.model)
+        if self.ranks.size > 1:
+            for net in {id(n): n for n in (self.policy, self.reference, self.judge) if n is not None}.values():
+                shard(net, self.dtype)
+
+        self.data = Dataset(s, self.tokenizer, self.policy.config.context, self.say)
+        self.places = s.steps * s.batch_size if s.steps else math.ceil(len(self.data) * s.epochs)
+        self.steps = s.steps or math.ceil(self.places / s.batch_size)
+        warmup = RECIPES[s.recipe].defaults["warmup_steps"]
+        self.warmup = s.warmup_steps if s.warmup_steps is not None else min(warmup, self.steps // 10)
+        self.optimizer = self.make_optimizer()
+
+    def pick_dtype(self):
+        name = self.settings.dtype
+        if name == "auto":
+            name = "bfloat16" if self.ranks.device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+        return getattr(torch, name)
+
+    def frozen(self, folder):
+        net = model.load(folder, self.dtype, self.ranks.device)
+        if net.config.vocab_size != self.policy.config.vocab_size:
+            raise InputError(f"{folder} has a vocabulary of {net.config.vocab_size} and {self.settings.model} one of "
+                             f"{self.policy.config.vocab_size}; they must share a tokenizer.")
+        return net.requires_grad_(False)
+
+    def make_optimizer(self):
+        s, parameters = self.settings, list(self.policy.parameters())
+        if s.optimizer == "rmsprop":
+            return torch.optim.RMSprop(parameters, lr=s.lr)
+        kind = torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam
+        return kind(parameters, lr=s.lr, betas=tuple(s.betas), **({"weight_decay": s.weight_decay} if s.optimizer == "adamw" else {}))
+
+    def say(self, text):
+        if self.ranks.rank == 0:
+            print(text, flush=True)
+
+    # -- one update ----------------------------------------------------------------------------------------------------
+
+    def lr_at(self, step):
+        """Linear warm-up, then constant, linear or cosine to 0; step counts from 0."""
+        s = self.settings
+        if step < self.warmup:
+            return s.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return s.lr * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[s.lr_schedule]
+
+    def share(self, step):
+        """This rank's part of the global batch: [(place, row)], disjoint over the ranks."""
+        b = self.settings.batch_size
+        return self.data.positions(step * b, min((step + 1) * b, self.places))[self.ranks.rank::self.ranks.size]
+
+    def update(self, step):
+        """One optimizer step; returns its metrics, the same on every rank."""
+        started = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr_at(step)
+        share = self.share(step)
+        log = Log(self.ranks)
+        if self.data.online:
+            examples = self.rollout(step, share, log)
+        else:
+            examples = [row for _, row in share]
+        # The mean is over the global batch, so the count comes first; and all ranks make equally many backward passes.
+        size = self.settings.micro_batch_size * (self.settings.k // 2 if self.data.online else 1)      # prompts → pairs
+        micros = [examples[i:i + size] for i in range(0, len(examples), size)]
+        weight, = self.ranks.sum([sum(self.weight(example) for example in examples)])
+        update_started = time.perf_counter()
+        for i in range(self.ranks.largest(len(micros))):
+            loss = self.objective(micros[i], log) if i < len(micros) else self.nothing()
+            # FSDP averages gradients over the ranks; we want the sum.
+            (loss * self.ranks.size / max(weight, 1)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.grad_clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        log.value("update_seconds", time.perf_counter() - update_started)
+        metrics = {"step": step + 1, **log.means(), "grad_norm": float(full(norm)), "lr": self.lr_at(step)}
+        metrics["tokens_per_second"] = log.totals["tokens"] / (time.perf_counter() - started)
+        return metrics
+
+    def weight(self, example):
+        """What an example counts in the mean: supervised tokens (SFT) or pairs."""
+        return len(example.ids) - example.start if isinstance(example, Sequence) else 1
+
+    def objective(self, examples, log):
+        """The summed loss of some examples, with a graph; their metrics go into the log."""
+        if isinstance(examples[0], Sequence):
+            forest = data.pack([e.ids for e in examples])
+            starts = [e.start for e in examples]
+            values = losses.sft(losses.logprobs(self.policy, forest, starts))
+            log.add("loss", values, weight=sum(self.weight(e) for e in examples))
+            log.count("tokens", sum(len(e.ids) for e in examples))
+            return values.sum()
+        return self.pair_objective(examples, log)
+
+    def pair_objective(self, pairs, log):
+        s, n = self.settings, len(pairs)
+        policy, reference, margin = self.score(pairs, "x", grad=True)
+        delta = p = None
+        if self.recipe.loss.startswith("sr-"):
+            # Behind p the policy is a constant too: Δπ carries no gradient, so this pass needs none.
+            _, _, augmented = self.score(pairs, "px", grad=False)
+            delta = losses.refinement(augmented, s.beta)
+            log.add("augmented_accuracy", losses.correct(augmented))
+            scale = s.delta_scale if self.recipe.loss == "sr-ipo" else "logistic"
+            log.add("refined_margin", losses.refined_margin(margin, delta, s.beta, s.lam, scale))
+        if self.recipe.labels == "soft":
+            p = torch.tensor([pair.p for pair in pairs], device=margin.device, dtype=margin.dtype)
+            log.add("p", p)
+            log.add("p_hat", losses.strength_hat(margin, s.beta))
+            log.add("kl", torch.cat(policy) - torch.cat(reference))
+        values = PAIR_LOSSES[self.recipe.loss](margin, delta, p, s)
+        for name, value in (("loss", values), ("margin", margin), ("accuracy", losses.correct(margin)),
+                            ("chosen_logp", policy[0]), ("rejected_logp", policy[1])):
+            log.add(name, value)
+        if not self.data.online:
+            log.add("response_length", torch.tensor([float(len(y)) for pair in pairs for y in (pair.chosen, pair.rejected)]))
+        log.count("tokens", sum(2 * len(pair.x) + len(pair.chosen) + len(pair.rejected) for pair in pairs))
+        return values.sum()
+
+    def score(self, pairs, query, grad):
+        """(policy's, reference's) log-probabilities of (chosen, rejected) behind pair.x or pair.px, and the margins (N,).
+
+        Both score the same forest in the same type, so they are equal as long as their weights are.
+        """
+        queries = [getattr(pair, query) for pair in pairs]
+        forest = data.pack([x + y for x, pair in zip(queries, pairs) for y in (pair.chosen, pair.rejected)])
+        starts = [len(x) for x in queries for _ in range(2)]
+        with torch.set_grad_enabled(grad):
+            policy = losses.logprobs(self.policy, forest, starts).view(-1, 2).unbind(1)
+        with torch.no_grad():
+            reference = losses.logprobs(self.reference, forest, starts).view(-1, 2).unbind(1)
+        return policy, reference, losses.margins(policy, reference)
+
+    def nothing(self):
+        """A backward pass that adds zero, for a rank with fewer examples than the others: FSDP's collectives must match."""
+        forest = data.pack([[0, 0]])
+        if self.recipe.loss != "sft":
+            with torch.no_grad():
+                losses.logprobs(self.reference, forest, [1])
+                if self.recipe.loss.startswith("sr-"):
+                    losses.logprobs(self.policy, forest, [1])
+                    losses.logprobs(self.reference, forest, [1])
+        return losses.logprobs(self.policy, forest, [1]).sum() * 0
+
+    # -- fresh responses -----------------------------------------------------------------------------------------------
+
+    def rollout(self, step, share, log):
+        """K responses to each of this rank's prompts, ranked, paired and judged: a list of Pairs (paper 2, algorithm 1)."""
+        s, pairs = self.settings, []
+        with gathered(self.policy, self.judge):
+            started = time.perf_counter()
+            samples = []
+            for i in range(0, len(share), s.micro_batch_size):
+                chunk = share[i:i + s.micro_batch_size]
+                table = torch.stack([sample.uniforms(s.seed, step, place, s.k, self.data.max_tokens) for place, _ in chunk])
+                samples += sample.generate(self.policy, [row.x for _, row in chunk], table, self.stop_ids, self.allowed,
+                                           s.temperature, s.top_p)
+            log.value("sample_seconds", time.perf_counter() - started)
+            started = time.perf_counter()
+            texts = [[sample.response_text(self.tokenizer, one) for one in group] for group in samples]
+            contexts = [data.context_text(pair.row.prompt) for _, pair in share]
+            labelled, strengths, cut = judge.label(self.judge, self.data.questioner, contexts, texts, self.recipe.pairs)
+            log.value("judge_seconds", time.perf_counter() - started)
+        for (_, query), group, chosen in zip(share, samples, labelled):
+            pairs += [data.Pair(query.x, query.px, group[i].ids, group[j].ids, p, query.row, False) for i, j, p in chosen]
+        log.add("response_length", torch.tensor([float(len(one.ids)) for group in samples for one in group]))
+        log.add("finished", torch.tensor([float(one.finished) for group in samples for one in group]))
+        if cut:
+            log.add("judge_cut", torch.tensor([cut]))
+        self.write_rollouts(step, share, texts, labelled)
+        if s.sample_every and step % s.sample_every == 0 and share:
+            self.show_rollout(step, share[0][1], texts[0], strengths[0], labelled[0])
+        return pairs
+
+    def write_rollouts(self, step, share, texts, labelled):
+        """Rollouts as data rows, one file a rank, so that the run can be replayed offline."""
+        name = f"rollouts.{self.ranks.rank}.jsonl" if self.ranks.rank else "rollouts.jsonl"
+        with open(self.out / name, "a", encoding="utf-8") as file:
+            for (_, query), group, chosen in zip(share, texts, labelled):
+                for i, j, p in chosen:
+                    row = {"prompt": query.row.prompt, "chosen": group[i], "rejected": group[j], "p": round(p, 6), "step": step + 1}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def show_rollout(self, step, query, texts, strengths, labelled):
+        self.say(f"\nstep {step + 1}: {data.context_text(query.row.prompt)!r}")
+        for rank, i in enumerate(sorted(range(len(texts)), key=lambda i: -strengths[i]), 1):
+            self.say(f"  {rank}. p(y ≻ ∅) = {strengths[i]:.3f}  {texts[i]!r}")
+        self.say("  pairs: " + ", ".join(f"p({i + 1} ≻ {j + 1}) = {p:.3f}" for i, j, p in labelled) +
+                 "  (numbers in the order sampled)\n")
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Metrics on held-out rows, prefixed eval_; None without eval_data."""
+        if not self.data.held_out or self.recipe.responses == "policy":
+            return {}
+        log = Log(self.ranks)
+        rows = self.data.held_out[self.ranks.rank::self.ranks.size]
+        with gathered(*(net for net in (self.policy, self.reference) if net is not None)):
+            for i in range(0, len(rows), self.settings.micro_batch_size):
+                self.objective(rows[i:i + self.settings.micro_batch_size], log)
+        return {f"eval_{name}": value for name, value in log.means().items()}
+
+    # -- on disk -------------------------------------------------------------------------------------------------------
+
+    def state(self):
+        """Everything a run needs to go on, as one flat dict of tensors (the order of data and samples needs no state)."""
+        tensors = {f"policy.{name}": weight for name, weight in self.policy.named_parameters()}
+        for name, weight in self.policy.named_parameters():
+            for key, value in self.optimizer.state[weight].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        return tensors
+
+    def save_checkpoint(self, step):
+        """checkpoint/step-N: sharded safetensors, then state.json, written aside and renamed into place."""
+        folder = self.out / "checkpoint"
+        aside, place = folder / f".writing-step-{step}", folder / f"step-{step}"
+        if self.ranks.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.ranks.wait()
+        dcp.save(self.state(), storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True),
+                 no_dist=self.ranks.size == 1)
+        self.ranks.wait()
+        if self.ranks.rank == 0:
+            files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
+            (aside / "state.json").write_text(json.dumps({"step": step, "ranks": self.ranks.size, "files": files}, indent=2))
+            for file in aside.iterdir():
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(aside, place)
+            for old in self.checkpoints()[:-self.settings.keep]:
+                shutil.rmtree(old)
+        self.ranks.wait()
+
+    def checkpoints(self):
+        """Complete checkpoints, oldest first."""
+        found = [path for path in (self.out / "checkpoint").glob("step-*") if (path / "state.json").exists()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+    def load_checkpoint(self, folder):
+        """Read weights and optimizer state in place, on any number of ranks; returns the step."""
+        state = cli.read_json(folder / "state.json")
+        for name, size in state["files"].items():
+            path = folder / name
+            if not path.exists() or path.stat().st_size != size:
+                raise InputError(f"{path} is missing or incomplete; start over with --resume=never.")
+        for group in self.optimizer.param_groups:       # the state must exist before it can be read into
+            group["lr"] = 0.0
+            for weight in group["params"]:
+                weight.grad = torch.zeros_like(weight)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        tensors = self.state()
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=self.ranks.size == 1)
+        return state["step"]
+
+    def save_final(self):
+        """final/: a Hugging Face folder with the source's tokenizer files."""
+        weights = {name: full(weight).detach().cpu() for name, weight in self.policy.named_parameters()}
+        if self.ranks.rank == 0:
+            aside, place = self.out / ".writing-final", self.out / "final"
+            shutil.rmtree(aside, ignore_errors=True)
+            model.save_weights(self.policy.config, weights, aside)
+            for file in self.tokenizer.files:
+                shutil.copy(file, aside)
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(aside, place)
+        self.ranks.wait()
+
+    def open_out_dir(self):
+        """Check out_dir against these settings; returns the step to go on from, or None when the run is finished."""
+        s, place = self.settings, self.out / "config.json"
+        record = {"settings": dataclasses.asdict(s), "versions": versions(), "commit": commit(), "ranks": self.ranks.size,
+                  "steps": self.steps}
+        step, checkpoints = 0, self.checkpoints()
+        finished = (self.out / "final").exists()
+        if place.exists() and s.resume != "never":
+            before = cli.read_json(place).get("settings", {})
+            after = json.loads(json.dumps(record["settings"]))
+            free = {"out_dir", "resume", "keep", "save_every", "sample_every", "eval_every", "device", "micro_batch_size"}
+            changed = [f"{key} ({before.get(key)} → {value})" for key, value in after.items()
+                       if key not in free and before.get(key) != value]
+            if changed and s.resume != "force":
+                raise InputError(f"{self.out} holds a run with other settings: {', '.join(changed)}; use another --out_dir, "
+                                 f"--resume=never to start over or --resume=force to go on all the same.")
+            if finished and not changed:
+                return None
+            if checkpoints:
+                step = self.load_checkpoint(checkpoints[-1])
+                self.say(f"going on from {checkpoints[-1]}")
+        self.ranks.wait()
+        if self.ranks.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if step == 0:
+                for name in ("checkpoint", "final"):
+                    shutil.rmtree(self.out / name, ignore_errors=True)
+            place.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            for path in (self.out / "metrics.jsonl", *self.out.glob("rollouts*.jsonl")):
+                if path.exists():       # what was written after the checkpoint will be made again
+                    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        self.ranks.wait()
+        return step
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def run(self):
+        """Train to the end and write final/. Returns the last metrics."""
+        s = self.settings
+        start = self.open_out_dir()
+        if start is None:
+            last = (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+            self.say(f"{self.out} is finished: {last}")
+            return json.loads(last)
+        count = sum(weight.numel() for weight in self.policy.parameters())
+        self.say(f"{s.recipe}: {count:,} parameters, {len(self.data):,} rows, {self.steps} steps of {s.batch_size}, "
+                 f"{str(self.dtype).removeprefix('torch.')} on {self.ranks.size} × {self.ranks.device}")
+        if self.data.online:
+            self.stop_ids, self.allowed = sample.stopping(self.tokenizer, self.data.limits["chat"], self.policy.config)
+        line = cli.StepLine(self.steps, s.recipe, enabled=self.ranks.rank == 0)
+        line.resume_at(start)
+        metrics = {}
+        for step in range(start, self.steps):
+            metrics = self.update(step)
+            last = step + 1 == self.steps
+            if last or s.eval_every and (step + 1) % s.eval_every == 0:
+                metrics |= self.evaluate()
+            if self.ranks.rank == 0:
+                with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps({k: rounded(v) for k, v in metrics.items()}) + "\n")
+            line.update(step + 1, summary(metrics))
+            if last or s.save_every and (step + 1) % s.save_every == 0:
+                self.save_checkpoint(step + 1)
+        self.save_final()
+        self.say(f"{s.recipe}: written to {self.out / 'final'}")
+        return metrics
+
+
+class Log:
+    """Sums and counts of one step's metrics, per example, over micro-batches and ranks."""
+
+    def __init__(self, ranks):
+        self.ranks, self.sums, self.counts, self.totals = ranks, {}, {}, {}
+
+    def add(self, name, values, weight=None):
+        """Per-example values of any shape; their mean is over `weight`, by default their number."""
+        self.sums[name] = self.sums.get(name, 0.0) + float(values.detach().double().sum())
+        self.counts[name] = self.counts.get(name, 0) + (values.numel() if weight is None else weight)
+
+    def value(self, name, number):
+        """A figure of this rank; the mean over the ranks is reported."""
+        self.sums[name], self.counts[name] = number, 1
+
+    def count(self, name, number):
+        """A total over the ranks, kept in `totals`."""
+        self.totals[name] = self.totals.get(name, 0) + number
+
+    def means(self):
+        """{name: mean over the global batch}; also makes `totals` global. A rank without examples knows no names, so they
+        come from the fixed list below."""
+        names = [name for name in METRICS]
+        flat = self.ranks.sum([self.sums.get(n, 0.0) for n in names] + [float(self.counts.get(n, 0)) for n in names] +
+                              [float(self.totals.get("tokens", 0))])
+        self.totals["tokens"] = flat[-1]
+        return {n: total / count for n, total, count in zip(names, flat, flat[len(names):]) if count}
+
+
+METRICS = ("loss margin refined_margin accuracy augmented_accuracy kl p p_hat chosen_logp rejected_logp response_length "
+           "finished judge_cut sample_seconds judge_seconds update_seconds").split()
+
+
+def rounded(value):
+    """Floats with eight significant digits: enough to compare float32 runs, short enough to read."""
+    return float(f"{value:.8g}") if isinstance(value, float) else value
+
+
+def summary(metrics):
+    """The few figures of a step that a person watches."""
+    shown = ("loss", "margin", "accuracy", "p", "p_hat", "kl", "response_length", "eval_loss", "eval_accuracy")
+    return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
+
+
+def versions():
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+
+
+def commit():
+    """The commit of the source, where it is a git checkout; else None."""
+    try:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True,
+                              timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def main(settings):
+    if settings.model is None:
+        import toy
+        return toy.main(settings)
+    return Trainer(settings).run()
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)
+    if dist.is_initialized():
+        dist.destroy_process_group()
