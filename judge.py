@@ -168,8 +168,8 @@ PAIRINGS = {"ranked": ranked_pairs}
 def label(net, questioner, contexts, responses, pairing="ranked"):
     """Algorithm 1's inner part for P prompts: rank K responses each, pair them, judge each pair directly.
 
-    contexts: P texts; responses: P lists of K texts -> (P lists of (winner, loser, p), P lists of K strengths, share of
-    comparisons cut). At K = 7 that is 2·(7 + 3) = 20 judge sequences a prompt.
+    contexts: P texts; responses: P lists of K texts -> (P lists of (winner, loser, p), P lists of K strengths,
+    comparisons made, those of them cut). At K = 7 that is 2·(7 + 3) = 20 judge sequences a prompt.
     """
     ranks = baseline(net, questioner, [c for c, texts in zip(contexts, responses) for _ in texts],
                      [text for texts in responses for text in texts])
@@ -178,9 +178,8 @@ def label(net, questioner, contexts, responses, pairing="ranked"):
     verdicts = compare(net, questioner, [(context, texts[i], texts[j])
                                          for context, texts, chosen in zip(contexts, responses, pairs) for i, j in chosen])
     p = iter(verdicts.p.tolist())
-    asked = len(ranks.p) + len(verdicts.p)
-    return ([[(i, j, next(p)) for i, j in chosen] for chosen in pairs], [s.tolist() for s in strengths],
-            (ranks.cut + verdicts.cut) / max(asked, 1))
+    return ([[(i, j, next(p)) for i, j in chosen] for chosen in pairs], [values.tolist() for values in strengths],
+            len(ranks.p) + len(verdicts.p), ranks.cut + verdicts.cut)
 
 
 def augmentation(questioner, rows, seed):

@@ -87,8 +87,12 @@ class Config:
         return self.model_type == "gpt_neox"
 
 
-def read_rope(raw, values, where):
-    """(theta, turning share of the head, scaling or None) from either generation of config.json.
+def is_positive(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def read_rope(raw, values, head_dim, where):
+    """(theta, turning dimensions of a head, scaling or None) from either generation of config.json.
 
     Hub folders write rope_theta / rotary_emb_base, rotary_pct and rope_scaling; transformers 5 writes rope_parameters.
     """
@@ -99,17 +103,25 @@ def read_rope(raw, values, where):
         raise InputError(f"{where}: rope_parameters and rope_scaling are both given; keep one.")
     name = "rope_parameters" if values["rope_parameters"] is not None else "rope_scaling"
     scaling = values[name]
-    if scaling is None:
-        return theta, share, None
-    if not isinstance(scaling, dict):
+    if not isinstance(scaling, dict | None):
         raise InputError(f"{where}: {name} is not an object.")
-    scaling = dict(scaling)
+    scaling = dict(scaling or {})
     for key, inside in ((theta_name, "rope_theta"), (share_name, "partial_rotary_factor")):
         found = scaling.pop(inside, None)
-        if found is not None and key in raw and raw[key] is not None and raw[key] != found:
+        if found is not None and raw.get(key) is not None and raw[key] != found:
             raise InputError(f"{where}: {key} is {raw[key]} and {name}.{inside} is {found}; keep one.")
         if found is not None:
             theta, share = (found, share) if inside == "rope_theta" else (theta, found)
+    if not is_positive(theta):
+        raise InputError(f"{where}: {theta_name} (or {name}.rope_theta) must be a positive number, not {theta!r}.")
+    if share != 0 and not is_positive(share) or share > 1:
+        raise InputError(f"{where}: {share_name} (or {name}.partial_rotary_factor) must be between 0 and 1, not {share!r}.")
+    if share != 1 and raw["model_type"] != "gpt_neox":
+        raise InputError(f"{where}: partial_rotary_factor {share} is not implemented for {raw['model_type']}.")
+    rotary_dims = int(head_dim * share)
+    if rotary_dims % 2:
+        raise InputError(f"{where}: {share_name} {share} of head_dim {head_dim} gives {rotary_dims} rotary dimensions; an even "
+                         f"number is needed.")
     kind = scaling.pop("type", None)
     kind = scaling.pop("rope_type", kind) or "default"
     needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
@@ -117,14 +129,14 @@ def read_rope(raw, values, where):
     if str(kind) not in needed:
         raise InputError(f"{where}: {name} of type {kind!r} is not implemented (linear and llama3 are).")
     for key in needed[kind]:
-        if not isinstance(scaling.get(key), (int, float)) or isinstance(scaling[key], bool) or not 0 < scaling[key] < math.inf:
+        if not is_positive(scaling.get(key)):
             raise InputError(f"{where}: {name}.{key} must be a positive number.")
     unknown = [key for key, value in scaling.items() if key not in needed[kind] and value is not None]
     if unknown:
         raise InputError(f"{where}: {name}.{unknown[0]} is not implemented for the type {kind!r}.")
     if kind == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"]:
         raise InputError(f"{where}: {name}.high_freq_factor must be larger than low_freq_factor.")
-    return theta, share, None if kind == "default" else {"rope_type": kind, **scaling}
+    return float(theta), rotary_dims, None if kind == "default" else {"rope_type": kind, **scaling}
 
 
 def parse_config(raw, where="config"):
@@ -165,17 +177,7 @@ def parse_config(raw, where="config"):
     head_dim = positive("head_dim") if values.get("head_dim") is not None else width // heads
     if str(values["hidden_act"]) not in ACTIVATIONS:
         raise InputError(f"{where}: hidden_act {values['hidden_act']!r} is not implemented ({', '.join(ACTIVATIONS)} are).")
-    theta, share, scaling = read_rope(raw, values, where)
-    if not isinstance(theta, (int, float)) or isinstance(theta, bool) or not 0 < theta < math.inf:
-        raise InputError(f"{where}: the rotary base (rope_theta, rotary_emb_base) must be a positive number, not {theta!r}.")
-    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise InputError(f"{where}: the rotary share of a head (rotary_pct, partial_rotary_factor) must be between 0 and 1, "
-                         f"not {share!r}.")
-    if model_type != "gpt_neox" and share != 1:
-        raise InputError(f"{where}: partial_rotary_factor {share} is not implemented for {model_type}.")
-    rotary_dims = int(head_dim * share)
-    if rotary_dims % 2:
-        raise InputError(f"{where}: rotary_pct and head_dim give {rotary_dims} rotary dimensions a head; an even number is needed.")
+    theta, rotary_dims, scaling = read_rope(raw, values, head_dim, where)
     neox = model_type == "gpt_neox"
     return Config(
         model_type=model_type, vocab_size=positive("vocab_size"), width=width, ffn=positive("intermediate_size"),
@@ -185,7 +187,7 @@ def parse_config(raw, where="config"):
         mlp_bias=neox or flag("mlp_bias"), tied=flag("tie_word_embeddings"),
         parallel_residual=flag("use_parallel_residual"),
         sliding_window=positive("sliding_window") if values.get("sliding_window") is not None else None,
-        rope_theta=float(theta), rotary_dims=rotary_dims, rope_scaling=scaling, source=raw)
+        rope_theta=theta, rotary_dims=rotary_dims, rope_scaling=scaling, source=raw)
 
 
 def read_config(folder):
@@ -316,7 +318,7 @@ class Transformer(nn.Module):
         """
         B, T = tokens.shape
         if cache is not None and cache.is_open:
-            attend, depth = cache.attend, cache.next_depth()
+            attend, depth = cache.attend, (cache.length + cache.step)[:, None]
         else:
             if end is None:
                 depth, end = torch.arange(T).expand(B, T), torch.full((B, T), T)
@@ -331,6 +333,8 @@ class Transformer(nn.Module):
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for block in self.blocks:
             x = block(x, cos, sin, attend)
+        if cache is not None and cache.is_open:
+            cache.step += 1
         return self.norm(x).view(B, T, -1)
 
     @torch.no_grad()
@@ -411,75 +415,64 @@ class Cache:
     def open(self, paths, k, max_tokens):
         """Show prompt i, whose tokens lie at paths[i] in the forest, to `k` rows, with room for max_tokens each."""
         keys = self.prompt[0][0]
-        device, dtype = keys.device, keys.dtype
-        lengths = torch.tensor([len(path) for path in paths])
-        index = nn.utils.rnn.pad_sequence([torch.as_tensor(path) for path in paths], batch_first=True).to(device)  # (P, longest)
+        device = keys.device
+        lengths = torch.tensor([len(path) for path in paths], device=device)
+        index = nn.utils.rnn.pad_sequence(paths, batch_first=True).to(device)    # (P, longest)
         self.prompt = [tuple(part[:, index].transpose(0, 1).contiguous() for part in pair) for pair in self.prompt]
         P, G, longest, E = self.prompt[0][0].shape
-        self.own = [tuple(torch.empty(P * k, G, max_tokens, E, device=device, dtype=dtype) for _ in range(2))
-                    for _ in range(self.config.layers)]
+        self.own = [tuple(keys.new_empty(P * k, G, max_tokens, E) for _ in range(2)) for _ in self.prompt]
         self.owner = torch.arange(P, device=device).repeat_interleave(k)         # (R,) the prompt of each row
-        self.slot = torch.arange(k, device=device).repeat(P)                     # (R,) its place among the prompt's rows
-        self.slots = k
-        self.length = lengths.to(device).repeat_interleave(k)                    # (R,)
-        self.filled = (torch.arange(longest) < lengths[:, None]).to(device)      # (P, longest)
+        self.slot, self.slots = torch.arange(k, device=device).repeat(P), k      # (R,) its place among the prompt's rows
+        self.length = lengths.repeat_interleave(k)                               # (R,) tokens of its prompt
         self.step, self.is_open = 0, True
-        self.prepare_masks()
 
     def keep(self, rows):
-        """Go on with these rows only: `rows` (R',) ascending indices. Prompts without a row leave too."""
-        owner = self.owner[rows]
-        prompts, self.owner, counts = torch.unique(owner, return_inverse=True, return_counts=True)
+        """Go on with these rows only: `rows` (R',) ascending indices, at least one. Prompts without a row leave too."""
+        prompts, self.owner, counts = torch.unique(self.owner[rows], return_inverse=True, return_counts=True)
         self.slots = int(counts.max())
         first = torch.cumsum(counts, 0) - counts
         self.slot = torch.arange(len(rows), device=rows.device) - first[self.owner]
         self.length = self.length[rows]
-        if len(prompts) < len(self.filled):
-            self.filled = self.filled[prompts]
+        if len(prompts) < len(self.prompt[0][0]):
             self.prompt = [tuple(part[prompts] for part in pair) for pair in self.prompt]
-        self.own = [tuple(part[rows] for part in pair) for pair in self.own]
-        self.prepare_masks()
-
-    def next_depth(self):
-        """(R, 1) the position of each row's next token."""
-        return (self.length + self.step)[:, None]
-
-    def prepare_masks(self):
-        self.hidden = ~self.filled[self.owner][:, None, None, :]                 # (R, 1, 1, longest)
-
-    def advance(self):
-        """To be called once a token, after the forward."""
-        self.step += 1
+        for layer, pair in enumerate(self.own):
+            self.own[layer] = tuple(part.new_empty(len(rows), *part.shape[1:]) for part in pair)
+            for kept, part in zip(self.own[layer], pair):
+                kept[:, :, :self.step] = part[rows, :, :self.step]
 
     def attend(self, layer, q, k, v):
         """q (R, H, 1, E), k and v (R, G, 1, E) of each row's newest token -> (R, H, 1, E)."""
         (prompt_k, prompt_v), (own_k, own_v) = self.prompt[layer], self.own[layer]
-        P, G, longest, E = prompt_k.shape
-        R, H = q.shape[:2]
-        t = self.step
+        (P, G, longest, E), (R, H), t = prompt_k.shape, q.shape[:2], self.step
         own_k[:, :, t], own_v[:, :, t] = k[:, :, 0], v[:, :, 0]
+        own_k, own_v = own_k[:, :, :t + 1], own_v[:, :, :t + 1]
         q = q.view(R, G, H // G, E) / math.sqrt(E)
-        # All rows of a prompt meet its keys in one product: they lie side by side as (P, G, slots · H/G, E).
-        side = q.new_zeros(P, self.slots, G, H // G, E)
-        side[self.owner, self.slot] = q
-        scores = side.permute(0, 2, 1, 3, 4).reshape(P, G, -1, E) @ prompt_k.transpose(-1, -2)
-        scores = scores.view(P, G, self.slots, H // G, longest).transpose(1, 2)[self.owner, self.slot]   # (R, G, H/G, longest)
-        scores = scores.masked_fill(self.hidden, -math.inf)
-        own = q @ own_k[:, :, :t + 1].transpose(-1, -2)                                                  # (R, G, H/G, t + 1)
+        scores = self.by_row(self.by_prompt(q) @ prompt_k.transpose(-1, -2))     # (R, G, H / G, longest)
+        own = q @ own_k.transpose(-1, -2)                                        # (R, G, H / G, t + 1)
+        position = torch.arange(longest, device=q.device)
+        seen = position < self.length[:, None]                                   # (R, longest): the rest is padding
         if self.config.sliding_window is not None:
-            oldest = self.length + t - self.config.sliding_window                # (R,) positions up to here are out of sight
-            out = torch.arange(longest, device=q.device) <= oldest[:, None]
-            scores = scores.masked_fill(out[:, None, None], -math.inf)
-            out = self.length[:, None] + torch.arange(t + 1, device=q.device) <= oldest[:, None]
-            own = own.masked_fill(out[:, None, None], -math.inf)
-        both = torch.cat((scores, own), -1)
-        weights = (both if both.dtype == torch.float64 else both.float()).softmax(-1).to(q.dtype)
-        side = q.new_zeros(P, self.slots, G, H // G, longest)
-        side[self.owner, self.slot] = weights[..., :longest]
-        y = side.permute(0, 2, 1, 3, 4).reshape(P, G, -1, longest) @ prompt_v
-        y = y.view(P, G, self.slots, H // G, E).transpose(1, 2)[self.owner, self.slot]
-        y = y + weights[..., longest:] @ own_v[:, :, :t + 1]
+            oldest = (self.length + t - self.config.sliding_window)[:, None]     # positions up to here are out of sight
+            seen &= position > oldest
+            recent = self.length[:, None] + torch.arange(t + 1, device=q.device) > oldest
+            own = own.masked_fill(~recent[:, None, None], -math.inf)
+        scores = torch.cat((scores.masked_fill(~seen[:, None, None], -math.inf), own), -1)
+        weights = (scores if scores.dtype == torch.float64 else scores.float()).softmax(-1).to(q.dtype)
+        on_prompt, on_own = weights[..., :longest], weights[..., longest:]
+        y = self.by_row(self.by_prompt(on_prompt) @ prompt_v) + on_own @ own_v
         return y.reshape(R, H, 1, E)
+
+    def by_prompt(self, x):
+        """(R, G, H / G, ·) -> (P, G, slots · H / G, ·): the rows of a prompt side by side, to meet its keys in one product."""
+        R, G, group, last = x.shape
+        side = x.new_zeros(len(self.prompt[0][0]), self.slots, G, group, last)
+        side[self.owner, self.slot] = x
+        return side.transpose(1, 2).reshape(len(side), G, self.slots * group, last)
+
+    def by_row(self, y):
+        """The way back."""
+        P, G, _, last = y.shape
+        return y.view(P, G, self.slots, -1, last).transpose(1, 2)[self.owner, self.slot]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -529,16 +522,18 @@ def read_header(path):
         size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise InputError(f"{path} is truncated or no safetensors file: its header would take {length:,} bytes "
-                                 f"of a file of {size:,}.")
-            header = json.loads(file.read(length).decode("utf-8"))
+            text = file.read(length) if length <= size - 8 else None
     except FileNotFoundError:
         raise InputError(f"{path} is missing.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise InputError(f"{path}: the safetensors header is not valid JSON.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    if text is None:
+        raise InputError(f"{path} is truncated or no safetensors file: its header would take {length:,} bytes of a file of "
+                         f"{size:,}.")
+    try:
+        header = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: the safetensors header is not valid JSON.") from None
     if not isinstance(header, dict):
         raise InputError(f"{path}: the safetensors header is not an object.")
     header.pop("__metadata__", None)

@@ -96,7 +96,6 @@ def generate(net, prompts, uniform, stop_ids, allowed, temperature=0.7, top_p=0.
             rows, tokens = rows[live], tokens[live]
             cache.keep(live)
         logits = net.head(net(tokens[:, None], cache=cache)[:, 0])
-        cache.advance()
 
     samples = [Sample(row[:n], value, done) for row, n, value, done in
                zip(ids.tolist(), (ids >= 0).sum(-1).tolist(), logprob.tolist(), finished.tolist())]

@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -507,14 +508,13 @@ class Trainer:
             started = time.perf_counter()
             texts = [[sample.response_text(self.tokenizer, one) for one in group] for group in samples]
             contexts = [data.context_text(pair.row.prompt) for _, pair in share]
-            labelled, strengths, cut = judge.label(self.judge, self.data.questioner, contexts, texts, self.recipe.pairs)
+            labelled, strengths, asked, cut = judge.label(self.judge, self.data.questioner, contexts, texts, self.recipe.pairs)
             log.value("judge_seconds", time.perf_counter() - started)
         for (_, query), group, chosen in zip(share, samples, labelled):
             pairs += [data.Pair(query.x, query.px, group[i].ids, group[j].ids, p, query.row, False) for i, j, p in chosen]
         log.add("response_length", torch.tensor([float(len(one.ids)) for group in samples for one in group]))
         log.add("finished", torch.tensor([float(one.finished) for group in samples for one in group]))
-        if cut:
-            log.add("judge_cut", torch.tensor([cut]))
+        log.add("judge_cut", torch.tensor([float(cut)]), weight=asked)
         self.write_rollouts(step, share, texts, labelled)
         if s.sample_every and step % s.sample_every == 0 and share:
             self.show_rollout(step, share[0][1], texts[0], strengths[0], labelled[0])
@@ -568,8 +568,10 @@ class Trainer:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         self.ranks.wait()
-        dcp.save(self.state(), storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True),
-                 no_dist=self.ranks.size == 1)
+        with warnings.catch_warnings():               # one process needs no process group, which DCP warns about
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.save(self.state(), storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True),
+                     no_dist=self.ranks.size == 1)
         self.ranks.wait()
         if self.ranks.rank == 0:
             files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
@@ -602,7 +604,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         tensors = self.state()
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=self.ranks.size == 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=self.ranks.size == 1)
         return state["step"]
 
     def save_final(self):
@@ -695,8 +699,9 @@ class Log:
 
     def add(self, name, values, weight=None):
         """Per-example values of any shape; their mean is over `weight`, by default their number."""
+        weight = values.numel() if weight is None else weight
         self.sums[name] = self.sums.get(name, 0.0) + float(values.detach().double().sum())
-        self.counts[name] = self.counts.get(name, 0) + (values.numel() if weight is None else weight)
+        self.counts[name] = self.counts.get(name, 0) + weight
 
     def value(self, name, number):
         """A figure of this rank; the mean over the ranks is reported."""
