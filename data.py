@@ -612,7 +612,8 @@ def read_row(record, need, where):
             raise Unusable("prompts differ")
     if query is None or query == []:
         raise Unusable("no prompt")
-    for name, text in [("chosen", chosen), ("rejected", rejected)][:{"prompts": 0, "responses": 1}.get(need, 2)]:
+    single = need == "judge" and "rejected" not in record
+    for name, text in [("chosen", chosen), ("rejected", rejected)][:{"prompts": 0, "responses": 1}.get(need, 2 - single)]:
         if text is None:
             raise Unusable(f"no {name} response")
         if not text.strip() and not (need == "judge" and (chosen + (rejected or "")).strip()):
@@ -664,8 +665,8 @@ def read_rows(path, need):
 
     The form is recognised row by row: HH dialogues; prompt/chosen/rejected as text or messages (UltraFeedback, TRL,
     replayed rollouts with p); ShareGPT; Alpaca; prompt/response; messages; text; prompt; MT-Bench turns.
-    need: "pairs" (chosen and rejected), "judge" (pairs of which one may be blank), "responses" (one response; rejected is
-    dropped) or "prompts".
+    need: "pairs" (chosen and rejected), "judge" (pairs of which one may be blank, or a response alone), "responses" (one
+    response; rejected is dropped) or "prompts".
     Unusable rows are counted by reason. InputError: the file cannot be read, or has no usable row.
     """
     path = str(path)

@@ -335,7 +335,7 @@ class Transformer(nn.Module):
             x = block(x, cos, sin, attend)
         if cache is not None and cache.is_open:
             cache.step += 1
-        return self.norm(x).view(B, T, -1)
+        return self.norm(x.view(B, T, -1))
 
     @torch.no_grad()
     def initialise(self, seed):
@@ -365,36 +365,37 @@ class ForestAttention:
     """
 
     def __init__(self, depth, end, window, device, cache=None):
-        self.cache, self.blocks, self.dtype = cache, [], None
-        N = len(end)
-        index = torch.arange(N)
-        for start in range(0, N, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, N)
+        self.cache, self.device, self.masks = cache, device, None
+        index, keys, self.seen = torch.arange(len(end)), [], []
+        for start in range(0, len(end), QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, len(end))
             reach = end[:start] > start
             if window is not None:
                 reach &= depth[start:stop].min() - depth[:start] < window
-            keys = torch.cat((index[:start][reach], index[start:stop]))
+            keys.append(torch.cat((index[:start][reach], index[start:stop])))
             query = index[start:stop, None]
-            seen = (keys <= query) & (query < end[keys])
+            seen = (keys[-1] <= query) & (query < end[keys[-1]])
             if window is not None:
-                seen &= depth[start:stop, None] - depth[keys] < window
-            # A contiguous range is a view, anything else a gather.
-            first = int(keys[0])
-            where = slice(first, stop) if len(keys) == stop - first else keys.to(device)
-            self.blocks.append((slice(start, stop), where, seen.to(device)))
+                seen &= depth[start:stop, None] - depth[keys[-1]] < window
+            self.seen.append(seen)
+        self.sizes = [len(block) for block in keys]
+        self.keys = torch.cat(keys).to(device)
 
     def __call__(self, layer, q, k, v):
         """q (1, H, N, E), k and v (1, G, N, E) -> (1, H, N, E)."""
         if self.cache is not None:
             self.cache.record(layer, k, v)
-        if self.dtype != q.dtype:          # the CPU's fused kernel is faster with a mask that is added than with a boolean
-            self.dtype = q.dtype
-            self.masks = [torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -math.inf)
-                          for _, _, seen in self.blocks]
-        outputs = [F.scaled_dot_product_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], attn_mask=mask,
-                                                  enable_gqa=q.shape[1] != k.shape[1])
-                   for (queries, keys, _), mask in zip(self.blocks, self.masks)]
-        return torch.cat(outputs, 2)
+        if self.masks is None:      # one for all layers; added, because that is faster here than a boolean mask
+            self.masks = [torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -math.inf).to(self.device)
+                          for seen in self.seen]
+        if len(self.masks) > 1:
+            # One gather for all blocks and one split: a slice a block would fill a gradient of all N tokens each time.
+            _, G, N, E = k.shape
+            rows = torch.cat((k, v), 1)[0].transpose(0, 1).reshape(N, -1)
+            k, v = F.embedding(self.keys, rows).view(1, -1, 2 * G, E).transpose(1, 2).chunk(2, 1)
+        blocks = zip(q.split(QUERY_BLOCK, 2), k.split(self.sizes, 2), v.split(self.sizes, 2), self.masks)
+        return torch.cat([F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+                          for q, k, v, mask in blocks], 2)
 
 
 class Cache:

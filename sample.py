@@ -196,12 +196,16 @@ def main(settings):
         if token not in stop_ids:
             print(stream.push(token), end="", flush=True)
 
-    out = open(settings.out, "w", encoding="utf-8") if settings.out else sys.stdout
+    try:
+        out = open(settings.out, "w", encoding="utf-8") if settings.out else sys.stdout
+    except OSError as error:
+        raise InputError(f"--out={settings.out}: cannot be written ({error.strerror}).") from None
+    max_tokens = min(settings.max_tokens, net.config.context)      # a larger table and cache would never be filled
     for start in range(0, len(rows), settings.batch_size):
         batch = range(start, min(start + settings.batch_size, len(rows)))
-        table = torch.stack([uniforms(settings.seed, 0, i, settings.k, settings.max_tokens) for i in batch])
+        table = torch.stack([uniforms(settings.seed, 0, i, settings.k, max_tokens) for i in batch])
         responses = generate(net, [prompts[i] for i in batch], table, stop_ids, allowed, settings.temperature, settings.top_p,
-                             [min(settings.max_tokens, room[i]) for i in batch],
+                             [min(max_tokens, room[i]) for i in batch],
                              show if streaming else None)
         if streaming:
             print(stream.flush())

@@ -141,6 +141,8 @@ class Settings:
 
     def __post_init__(self):
         """Fill in the recipe's values and refuse impossible ones."""
+        plain = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(self)}
+        self.given = {name: getattr(self, name) for name in plain if getattr(self, name) != plain[name]}     # for the toy world
         if self.recipe not in RECIPES:
             raise InputError(f"--recipe={self.recipe}: choose one of {', '.join(RECIPES)}.")
         for name, value in RECIPES[self.recipe].defaults.items():
@@ -299,16 +301,23 @@ class Dataset:
         rows, reports = data.read_data(files, need, self.seed)
         for report in reports:
             say(report)
+        instructions = []
         if need == "judge":
-            sequences, starts, cut = judge.augmentation(self.questioner, rows, self.seed)
+            # Responses without a rival stay what they are: a model that only learned to say A or B could not answer.
+            pairs, rows = [row for row in rows if row.rejected is not None], [row for row in rows if row.rejected is None]
+            if not pairs:
+                raise InputError(f"{', '.join(files)}: no row has a rejected response; there is nothing to judge.")
+            sequences, starts, cut = judge.augmentation(self.questioner, pairs, self.seed)
             if cut:
-                say(f"judge instructions: {cut} of {len(rows)} were shortened to the context")
-            return [Sequence(ids, start) for ids, start in zip(sequences, starts)]
+                say(f"judge instructions: {cut} of {len(pairs)} were shortened to the context")
+            instructions = [Sequence(ids, start) for ids, start in zip(sequences, starts)]
+            if not rows:
+                return instructions
         pairs, report = data.encode_dataset(self.tokenizer, rows, **self.limits, max_tokens=self.max_tokens)
         if report.skipped or report.cut:
             say(report)
-        if need == "responses":
-            return [Sequence(pair.x + pair.chosen, len(pair.x)) for pair in pairs]
+        if need in ("responses", "judge"):
+            return instructions + [Sequence(pair.x + pair.chosen, len(pair.x)) for pair in pairs]
         return pairs
 
     def __len__(self):
@@ -482,14 +491,11 @@ class Trainer:
 
     def nothing(self):
         """A backward pass that adds zero, for a rank with fewer examples than the others: FSDP's collectives must match."""
-        forest = data.pack([[0, 0]])
-        if self.recipe.loss != "sft":
-            with torch.no_grad():
-                losses.logprobs(self.reference, forest, [1])
-                if self.recipe.loss.startswith("sr-"):
-                    losses.logprobs(self.policy, forest, [1])
-                    losses.logprobs(self.reference, forest, [1])
-        return losses.logprobs(self.policy, forest, [1]).sum() * 0
+        if self.recipe.loss == "sft":
+            example = Sequence([0, 0], 1)
+        else:
+            example = data.Pair([0], [0], [0], [0], 0.5, None, False)
+        return self.objective([example], Log(self.ranks)) * 0
 
     # -- fresh responses -----------------------------------------------------------------------------------------------
 

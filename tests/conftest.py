@@ -1,8 +1,8 @@
-"""The repository's root on the path, and few threads: the networks of the tests are small."""
+"""The repository's root on the path, and one thread: the networks here are so small that a second one only waits."""
 import sys
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-torch.set_num_threads(2)
+torch.set_num_threads(1)

@@ -1,0 +1,362 @@
+"""The loop: every recipe from end to end, one trajectory however the batch is split, resume, and what is refused."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import data
+import model
+import tiny
+import train
+from cli import InputError
+
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("OSPREY_DATA", ROOT.parent / "shared/data"))
+OFFLINE = ["dpo", "ipo", "sr-dpo", "sr-ipo"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model folder, one whose judgements are sharp, and a file of 13 pairs."""
+    path = tmp_path_factory.mktemp("world")
+    tiny.folder(path / "model")
+    tiny.folder(path / "sharp", scale=1.0)
+    tiny.write_jsonl(path / "pairs.jsonl", tiny.pairs(13, seed=1))
+    return path
+
+
+def settings(world, out, **changes):
+    """Settings of a short float64 run whose steps are large enough to see; all of it as plain values."""
+    return {"model": str(world / "model"), "data": [str(world / "pairs.jsonl")], "out_dir": str(out), "steps": 3,
+            "batch_size": 4, "lr": 1e-3, "warmup_steps": 0, "max_length": 96, "max_tokens": 12, "k": 4, "dtype": "float64",
+            **changes}
+
+
+def run(world, out, **changes):
+    train.Trainer(train.Settings(**settings(world, out, **changes))).run()
+    return metrics(out)
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(rows):
+    """The metrics without times, which differ from run to run."""
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def assert_same(first, second, tolerance):
+    assert len(first) == len(second)
+    for a, b in zip(figures(first), figures(second)):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (a["step"], key)
+
+
+def assert_same_weights(first, second, tolerance):
+    a, b = (load_file(Path(out) / "final" / "model.safetensors") for out in (first, second))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= tolerance, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+
+@pytest.mark.parametrize("family", ["llama", "neox"])
+@pytest.mark.parametrize("recipe", list(train.RECIPES))
+def test_recipe_from_end_to_end(recipe, family, world, tmp_path):
+    """Each recipe runs on both architectures, starts at the loss that algebra gives, and leaves what transformers loads."""
+    folder = tiny.folder(tmp_path / "model", family)
+    rows = run(world, tmp_path / "out", model=str(folder), recipe=recipe, dtype="float32")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    # At π = π_ref every margin is 0: -log ½ for the logistic losses and p-weighted SPCE, (1/2β)² = 25 for IPO at β = 0.1.
+    first = {"sft": None, "judge": None, "ipo": 25.0, "sr-ipo": 25.0}.get(recipe, math.log(2))
+    if first is not None:
+        assert rows[0]["loss"] == pytest.approx(first, rel=1e-7)
+        assert rows[0]["margin"] == 0 and rows[1]["margin"] != 0
+    ours, theirs = model.load(tmp_path / "out/final"), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/final")
+    before = model.load(folder)
+    tokens = torch.randint(0, 400, (2, 40), generator=torch.Generator().manual_seed(0))
+    assert (ours.head(ours(tokens)) - theirs(tokens).logits).abs().max() < 1e-4
+    assert (ours.head(ours(tokens)) - before.head(before(tokens))).abs().max() > 1e-3
+    text = "The small river sings."
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out/final").encode(text, add_special_tokens=False) == \
+        data.load_tokenizer(tmp_path / "out/final").encode(text)
+
+
+@pytest.mark.parametrize("recipe", OFFLINE)
+def test_one_update_widens_the_margin(recipe, world, tmp_path):
+    """On the batch it was made from, one small step moves h up: -dloss/dh is positive at h = 0 for all four."""
+    rows = run(world, tmp_path, recipe=recipe, steps=2, batch_size=13, optimizer="adam", lr=1e-4)
+    assert rows[0]["margin"] == 0 and rows[1]["margin"] > 0
+    assert rows[1]["loss"] < rows[0]["loss"]
+
+
+def test_one_update_moves_the_strength_towards_the_judge(world, tmp_path):
+    """SPCE on fixed pairs with known p: p̂ starts at ½ and moves up where p = 0.9, down where p = 0.1."""
+    trainer = train.Trainer(train.Settings(**settings(world, tmp_path, recipe="osp", optimizer="adam", lr=1e-3)))
+    pairs = trainer.data.tokenizer, [data.Row(r["prompt"], r["chosen"], r["rejected"], None, "") for r in tiny.pairs(6, 5)]
+    encoded, _ = data.encode_dataset(*pairs, "hh", 96, 48)
+    for i, pair in enumerate(encoded):
+        pair.p = 0.9 if i % 2 else 0.1
+    trainer.rollout = lambda step, share, log: encoded
+    p_hat = lambda: trainer.score(encoded, "x", grad=False)[2].mul(trainer.settings.beta).sigmoid()      # noqa: E731
+    assert p_hat().tolist() == [0.5] * 6
+    trainer.update(0)
+    assert all((after > 0.5) == (pair.p > 0.5) for after, pair in zip(p_hat().tolist(), encoded))
+
+
+def test_lambda_zero_is_the_plain_loss_bit_for_bit(world, tmp_path):
+    for plain in ("dpo", "ipo"):
+        run(world, tmp_path / plain, recipe=plain)
+        run(world, tmp_path / f"sr-{plain}", recipe=f"sr-{plain}", lam=0.0)
+        assert_same_weights(tmp_path / plain, tmp_path / f"sr-{plain}", 0)
+
+
+def test_overfits_its_pairs(world, tmp_path):
+    for recipe in OFFLINE:
+        rows = run(world, tmp_path / recipe, recipe=recipe, steps=25, batch_size=13, optimizer="adam", lr=3e-3)
+        assert rows[-1]["accuracy"] >= 0.95 and rows[-1]["loss"] < rows[0]["loss"] / 2
+
+
+def test_a_sample_changes_after_an_update(world, tmp_path):
+    """The policy that samples is the updated one: with the same uniforms the rollouts of two runs part after step 1."""
+    for name, lr in (("still", 1e-9), ("moving", 3e-2)):
+        run(world, tmp_path / name, recipe="osp", lr=lr, steps=2)
+    still, moving = ([json.loads(line) for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()]
+                     for name in ("still", "moving"))
+    first = lambda rows: [(r["chosen"], r["rejected"]) for r in rows if r["step"] == 1]       # noqa: E731
+    second = lambda rows: [(r["chosen"], r["rejected"]) for r in rows if r["step"] == 2]      # noqa: E731
+    assert first(still) == first(moving) and second(still) != second(moving)
+
+
+def test_rollouts_can_be_read_as_data(world, tmp_path):
+    run(world, tmp_path, recipe="osp", steps=2)
+    rows, report = data.read_rows(str(tmp_path / "rollouts.jsonl"), "pairs")
+    assert len(rows) + sum(map(len, report.skipped.values())) == 2 * 4 * 2          # steps × prompts × K // 2
+    assert all(0 < row.p < 1 for row in rows)
+
+
+def test_held_out_rows_are_evaluated(world, tmp_path):
+    """eval_ figures on the training rows themselves at step 1 are the training figures of an unchanged policy."""
+    rows = run(world, tmp_path, recipe="sr-dpo", eval_data=[str(world / "pairs.jsonl")], eval_every=2, lr=1e-12, batch_size=13)
+    assert "eval_loss" not in rows[0] and {"eval_loss", "eval_margin", "eval_augmented_accuracy"} < rows[1].keys()
+    assert rows[1]["eval_chosen_logp"] == pytest.approx(rows[0]["chosen_logp"], rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One trajectory
+
+@pytest.mark.parametrize("recipe", ["sft", "sr-dpo", "osp"])
+def test_accumulation_does_not_change_the_trajectory(recipe, world, tmp_path):
+    rows = {size: run(world, tmp_path / str(size), recipe=recipe, micro_batch_size=size) for size in (1, 3, 4)}
+    assert_same(rows[1], rows[4], 1e-7)           # metrics.jsonl keeps eight digits
+    assert_same(rows[3], rows[4], 1e-7)
+    assert_same_weights(tmp_path / "1", tmp_path / "4", 1e-10)
+    assert_same_weights(tmp_path / "3", tmp_path / "4", 1e-10)
+
+
+def test_two_ranks_follow_one(world, tmp_path):
+    """20 steps of dpo and osp on two processes equal one process: 1e-10 in float64, 1e-4 in float32.
+
+    In the epoch of 13 rows the last batch has one row, so that the second rank has none. The sharp model keeps strengths
+    apart: where two are equal up to rounding, ranks may order them differently, and that is no error.
+    """
+    runs = [dict(recipe="dpo", steps=20), dict(recipe="osp", steps=20), dict(recipe="dpo", steps=20, dtype="float32"),
+            dict(recipe="osp", steps=20, dtype="float32"), dict(recipe="sr-dpo", steps=None), dict(recipe="osp", steps=None),
+            dict(recipe="judge"), dict(recipe="dpo", steps=2, eval_data=[str(world / "pairs.jsonl")])]
+    sharp = str(world / "sharp")
+    both = [[settings(world, tmp_path / f"{name}-{i}", model=sharp, **changes) for name in ("one", "two")]
+            for i, changes in enumerate(runs)]
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "tests/ranks.py"),
+         json.dumps([two for _, two in both])], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    for one, two in both:
+        train.Trainer(train.Settings(**one)).run()
+        exact = one["dtype"] == "float64"
+        assert_same(metrics(one["out_dir"]), metrics(two["out_dir"]), 1e-7 if exact else 1e-4)
+        assert_same_weights(one["out_dir"], two["out_dir"], 1e-10 if exact else 1e-4)
+    # The ranks' rollouts together are those of one process.
+    rollouts = [sorted(line for file in Path(out["out_dir"]).glob("rollouts*.jsonl") for line in file.read_text().splitlines())
+                for out in both[1]]
+    assert len(rollouts[0]) == len(rollouts[1]) == 20 * 4 * 2
+    strip = lambda lines: [{k: v for k, v in json.loads(line).items() if k != "p"} for line in lines]      # noqa: E731
+    assert strip(rollouts[0]) == strip(rollouts[1])
+
+
+def test_ranks_work_on_disjoint_rows(world, tmp_path):
+    """Each global batch is split without overlap, and an epoch holds every row once."""
+    trainer = train.Trainer(train.Settings(**settings(world, tmp_path, recipe="dpo", steps=None, epochs=2)))
+    places = []
+    for step in range(trainer.steps):
+        shares = []
+        for rank in range(3):
+            trainer.ranks.rank, trainer.ranks.size = rank, 3
+            shares.append([place for place, _ in trainer.share(step)])
+        assert len(set().union(*shares)) == sum(map(len, shares))
+        places += sorted(sum(shares, []))
+    assert places == list(range(26))
+    trainer.ranks.rank, trainer.ranks.size = 0, 1
+    for epoch in range(2):
+        rows = [id(row) for _, row in trainer.data.positions(13 * epoch, 13 * (epoch + 1))]
+        assert len(set(rows)) == 13
+    assert [r for _, r in trainer.data.positions(0, 13)] != [r for _, r in trainer.data.positions(13, 26)]
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "osp"])
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adam"])
+def test_resume_equals_the_uninterrupted_run(recipe, optimizer, world, tmp_path, monkeypatch):
+    """Stopped in step 4 of 7 and started again, a run ends with the same bits, in metrics, weights and optimizer."""
+    changes = dict(recipe=recipe, optimizer=optimizer, steps=7, save_every=3, dtype="float32")
+    whole = run(world, tmp_path / "whole", **changes)
+    update = train.Trainer.update
+
+    def stop(trainer, step):
+        if step == 4:
+            raise KeyboardInterrupt
+        return update(trainer, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Trainer, "update", stop)
+        run(world, tmp_path / "parts", **changes)
+    assert [row["step"] for row in metrics(tmp_path / "parts")] == [1, 2, 3, 4]
+    parts = run(world, tmp_path / "parts", **changes)
+    assert figures(parts) == figures(whole)
+    a, b = ({name: tensor for file in (tmp_path / name / "checkpoint/step-7").glob("*.safetensors")
+             for name, tensor in load_file(file).items()} for name in ("whole", "parts"))
+    assert a.keys() == b.keys() and any(name.startswith("optimizer.") for name in a)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (tmp_path / "whole/rollouts.jsonl").exists() == (recipe == "osp")
+    if recipe == "osp":
+        assert (tmp_path / "whole/rollouts.jsonl").read_text() == (tmp_path / "parts/rollouts.jsonl").read_text()
+
+
+def test_a_finished_run_prints_its_result_again(world, tmp_path, capsys):
+    first = run(world, tmp_path, recipe="dpo")
+    weights = (tmp_path / "final/model.safetensors").stat().st_mtime_ns
+    assert "is finished" not in capsys.readouterr().out
+    assert run(world, tmp_path, recipe="dpo") == first
+    assert "is finished" in capsys.readouterr().out
+    assert (tmp_path / "final/model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_other_settings_in_a_used_out_dir_are_named(world, tmp_path):
+    run(world, tmp_path, recipe="dpo")
+    with pytest.raises(InputError, match="beta.*0.1 → 0.3"):
+        run(world, tmp_path, recipe="dpo", beta=0.3)
+    assert len(run(world, tmp_path, recipe="dpo", beta=0.3, resume="never")) == 3
+
+
+def test_a_damaged_checkpoint_is_named(world, tmp_path):
+    run(world, tmp_path, recipe="dpo", save_every=1)
+    (tmp_path / "final").rename(tmp_path / "gone")
+    shard = next((tmp_path / "checkpoint/step-3").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(InputError, match=shard.name):
+        run(world, tmp_path, recipe="dpo", save_every=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+def test_learning_rate(world, tmp_path):
+    """Warm-up of 4 steps to 1.0, then over 10 - 4 = 6 steps: linear at step 7 is 1 - 3/6, cosine ½ + ½ cos(π/2)."""
+    trainer = train.Trainer(train.Settings(**settings(world, tmp_path, recipe="dpo", steps=10, warmup_steps=4, lr=1.0)))
+    for schedule, expected in (("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)):
+        trainer.settings.lr_schedule = schedule
+        assert [trainer.lr_at(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+        assert trainer.lr_at(4) == 1.0 and trainer.lr_at(7) == pytest.approx(expected)
+
+
+def test_papers_defaults():
+    sr, osp = train.Settings(recipe="sr-dpo"), train.Settings(recipe="osp")
+    assert (sr.optimizer, sr.lr, sr.batch_size, sr.beta, sr.grad_clip) == ("rmsprop", 5e-7, 64, 0.1, 10.0)
+    assert (osp.optimizer, osp.lr, osp.batch_size, osp.beta, osp.k, osp.temperature, osp.top_p) == \
+        ("adam", 2e-6, 16, 0.02, 7, 0.7, 0.9)
+
+
+@pytest.mark.parametrize("axes, word", [(("dpo", "policy", "ranked", "soft"), "labels"), (("spce", "policy", "ranked", "hard"), "labels"),
+                                        (("sft", "dataset", None, "hard"), "labels"), (("dpo", "dataset", "ranked", "hard"), "pairs"),
+                                        (("spce", "policy", "dataset", "soft"), "pairs")])
+def test_senseless_recipes_name_the_axis(axes, word):
+    with pytest.raises(InputError, match=word):
+        train.Recipe(*axes)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("--recipe=ppo", ["--recipe=ppo", "osp"]), ("--k=1", ["--k=1", "at least 2"]), ("--lam=-0.1", ["--lam=-0.1"]),
+    ("--beta=0", ["--beta=0"]), ("--beta=nan", ["--beta=nan"]), ("--temperature=0", ["--temperature", "larger than 0"]),
+    ("--top_p=1.5", ["--top_p=1.5"]), ("--batchsize=3", ["--batchsize", "--batch_size"]), ("--steps=many", ["--steps=many", "int"]),
+    ("--beta", ["--beta", "value"]), ("beta=1", ["beta=1", "--key=value"]), ("--steps=2 --steps=3", ["--steps", "twice"]),
+    ("--model=nowhere", ["nowhere"]), ("--dtype=float16", ["--dtype=float16"]), ("--optimizer=sgd", ["--optimizer=sgd"]),
+    ("--model={model} --data=nowhere.jsonl", ["nowhere.jsonl"]), ("--model={model}", ["--prompts"]),
+    ("--model={model} --recipe=dpo", ["--data"]), ("--model={model} --recipe=dpo --data={pairs} --max_length=4000", ["--max_length=4000", "512"]),
+    ("--model={model} --recipe=dpo --data={pairs} --chat=alpaca", ["--chat=alpaca"]),
+    ("--model={model} --data={pairs} --max_length=20 --max_tokens=20", ["--max_tokens=20"]),
+    ("--model={model} --recipe=dpo --data={pairs} --device=tpu", ["--device=tpu"]),
+])
+def test_bad_settings_get_one_sentence(arguments, words, world, tmp_path, monkeypatch, capsys):
+    """One line on stderr that names what is wrong, exit status 1, nothing written."""
+    arguments = arguments.format(model=world / "model", pairs=world / "pairs.jsonl").split() + [f"--out_dir={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as left:
+        train.cli.run(train.main, train.Settings)
+    error = capsys.readouterr().err
+    assert left.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_prints_every_setting(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit) as left:
+        train.cli.run(train.main, train.Settings)
+    printed = capsys.readouterr().out
+    assert left.value.code == 0
+    for field, comment in train.cli.fields_with_comments(train.Settings):
+        assert f"--{field.name}=" in printed and comment and comment in printed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real data
+
+@pytest.mark.parametrize("recipe", [*OFFLINE, "osp"])
+def test_real_checkpoint_on_real_preferences(recipe, tmp_path):
+    """stories260K on HH-RLHF: step 0 is exact, a few steps run, final/ equals transformers' reading of it."""
+    folder = SHARED / "models/stories260K"
+    if not folder.exists():
+        pytest.skip(f"shared/data is absent ({SHARED}); set OSPREY_DATA")
+    files = [str(SHARED / "hh-rlhf/helpful-base.test.lines-0001-1354.jsonl.gz")]
+    train.Trainer(train.Settings(recipe=recipe, model=str(folder), data=files, out_dir=str(tmp_path), steps=2, batch_size=8,
+                                 max_length=192, max_tokens=16, k=4)).run()
+    rows = metrics(tmp_path)
+    assert rows[0]["loss"] == pytest.approx(25.0 if "ipo" in recipe else math.log(2), rel=1e-7)
+    tokens = torch.randint(3, 512, (2, 100), generator=torch.Generator().manual_seed(0))
+    ours, theirs = model.load(tmp_path / "final"), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert (ours.head(ours(tokens)) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", OFFLINE)
+def test_real_pairs_are_overfitted(recipe, tmp_path):
+    """64 HH pairs, 60 steps of Adam: accuracy 95 % and more."""
+    folder = SHARED / "models/stories260K"
+    if not folder.exists():
+        pytest.skip(f"shared/data is absent ({SHARED}); set OSPREY_DATA")
+    rows, _ = data.read_rows(str(SHARED / "hh-rlhf/helpful-base.test.lines-0001-1354.jsonl.gz"), "pairs")
+    file = tiny.write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+                                                        for row in rows if len(row.chosen) + len(row.rejected) < 600][:64])
+    train.Trainer(train.Settings(recipe=recipe, model=str(folder), data=[file], out_dir=str(tmp_path / "out"), steps=60,
+                                 batch_size=64, micro_batch_size=32, optimizer="adam", lr=3e-3, max_length=192)).run()
+    assert metrics(tmp_path / "out")[-1]["accuracy"] >= 0.95

@@ -1,0 +1,142 @@
+"""Tiny models, tokenizers and data that the tests share: all of it is made here from seeds, in well under a second.
+
+    folder(tmp_path)                     a model folder of random weights that this project and transformers load
+    net("neox")                          the same network alone, in float64
+    write_jsonl(path, pairs(40))         a preference file
+"""
+import functools
+import io
+import json
+import random
+
+import sentencepiece
+import tokenizers
+import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+import data
+import judge
+import model
+
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
+FAMILIES = {       # biases, grouped heads and partial rotary positions: whatever can be mixed up is there
+    "llama": dict(SIZES, model_type="llama", num_key_value_heads=2, rms_norm_eps=1e-5),
+    "mistral": dict(SIZES, model_type="mistral", num_key_value_heads=2, rms_norm_eps=1e-5, sliding_window=16),
+    "neox": dict(SIZES, model_type="gpt_neox", rotary_pct=0.5, layer_norm_eps=1e-5),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+THINGS = "river tree cloud stone bird lamp bread garden train winter".split()
+TRAITS = "small old bright quiet heavy kind round cold green slow".split()
+ACTS = "moves stands sings waits falls grows sleeps shines turns rests".split()
+
+
+def sentence(rng):
+    return f"The {rng.choice(TRAITS)} {rng.choice(THINGS)} {rng.choice(ACTS)}."
+
+
+def pairs(n, seed=0):
+    """n rows {"prompt", "chosen", "rejected"}: HH dialogues of one or two questions, answers of one to four sentences."""
+    rng, rows = random.Random(seed), []
+    while len(rows) < n:
+        turns = [f"\n\nHuman: What does the {rng.choice(THINGS)} do?\n\nAssistant: {sentence(rng)}"] * rng.randint(0, 1)
+        prompt = "".join(turns) + f"\n\nHuman: Tell me about the {rng.choice(TRAITS)} {rng.choice(THINGS)}.\n\nAssistant:"
+        chosen, rejected = ("".join(" " + sentence(rng) for _ in range(rng.randint(1, 4))) for _ in range(2))
+        if chosen != rejected:
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def write_jsonl(path, rows):
+    """The rows as a .jsonl file -> str path, as command lines take it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def corpus():
+    """What the tokenizers learn their merges from: such rows, the judge's instruction and p, so that all stay short."""
+    yield from (row[key] for row in pairs(60, seed=-1) for key in row)
+    yield from [judge.TEMPLATES["helpful"], data.REFINEMENT_PROMPT] * 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+@functools.cache
+def sentencepiece_model(vocab_size):
+    """The bytes of a tokenizer.model like Llama 2's: BPE with byte fallback, spaces kept as they are."""
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=corpus(), model_writer=trained, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2)
+    return trained.getvalue()
+
+
+@functools.cache
+def sentencepiece_json(vocab_size):
+    """The same tokenizer as a tokenizer.json, for transformers alone: without protobuf it cannot read the other file."""
+    source = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(vocab_size))
+    vocab = {source.id_to_piece(id): id for id in range(source.vocab_size())}
+    merges = [(piece[:i], piece[i:]) for piece in vocab for i in range(1, len(piece))
+              if piece[:i] in vocab and piece[i:] in vocab and not piece.startswith("<")]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    return tokenizer.to_str()
+
+
+@functools.cache
+def byte_level_json(vocab_size):
+    """The text of a tokenizer.json like Pythia's: byte-level BPE whose <|endoftext|> is both BOS and EOS."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(corpus(), trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<|padding|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return tokenizer.to_str()
+
+
+def write_tokenizer(path, family="llama", vocab_size=420):
+    """The tokenizer's files in the folder `path`, with what AutoTokenizer needs to load them."""
+    path.mkdir(parents=True, exist_ok=True)
+    if family == "neox":
+        (path / "tokenizer.json").write_text(byte_level_json(vocab_size), encoding="utf-8")
+        config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    else:
+        (path / "tokenizer.model").write_bytes(sentencepiece_model(vocab_size))
+        (path / "tokenizer.json").write_text(sentencepiece_json(vocab_size), encoding="utf-8")
+        config = dict(tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", unk_token="<unk>", legacy=False)
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def net(family="llama", seed=0, dtype=torch.float64, scale=1.0, vocab_size=64, **changes):
+    """A network with every parameter random (norms and biases too); scale 1 makes attention and predictions sharp."""
+    config = dict(FAMILIES[family], vocab_size=vocab_size, **changes)
+    network = model.Transformer(model.parse_config(config)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(dtype)
+            if weight.dim() == 1:
+                weight.copy_(0.3 * scale * noise + name.endswith("weight"))
+            else:
+                weight.copy_(scale * (noise if "embed" in name else 1.5 * noise / weight.shape[1] ** 0.5))
+    return network
+
+
+def folder(path, family="llama", seed=0, scale=0.3, vocab_size=420, **changes):
+    """A model folder in `path` -> path: random weights in float32, a tokenizer, config.json; changes: fields of config.json.
+
+    The GPT-NeoX one has four rows more than its tokenizer has ids, as Pythia has.
+    """
+    ends = dict(bos_token_id=0, eos_token_id=0) if family == "neox" else dict(bos_token_id=1, eos_token_id=2)
+    network = net(family, seed, torch.float32, scale, vocab_size + 4 * (family == "neox"), **{**ends, **changes})
+    model.save(network, path)
+    return write_tokenizer(path, family, vocab_size)

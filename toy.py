@@ -1,0 +1,468 @@
+"""The embedded world: short texts whose true quality is known, so that everything here can be checked with no download.
+
+    torchrun train.py                       base model → SFT → judge → OSP, then a table: before and after
+    torchrun train.py --toy_family=neox     the same with GPT-NeoX and a byte-level tokenizer
+    torchrun train.py --recipe=sr-dpo       … → SFT → Sr-DPO; --recipe=sft and --recipe=judge stop there
+
+A prompt joins a wish, a topic and a time ("A calm line about the sea at dawn:"), a response is a handful of words
+("golden gentle waves tide shells thanks"), and `reward` says how good it is. Every stage is an ordinary run of train.py
+on files written to out_dir/world; its command line is printed, and can be typed.
+"""
+import dataclasses
+import io
+import itertools
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+
+import cli
+import data
+import judge
+import losses
+import model
+import sample
+import train
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world
+
+def table(text):
+    """{first word: the other words} of each line."""
+    return {line.split(":")[0].strip(): line.split(":")[1].split() for line in text.strip().splitlines()}
+
+
+TOPICS = table("""
+    the sea: waves tide shells sails foam salt
+    a forest: pines moss ferns owls bark trails
+    the garden: roses bees seeds hedges tulips soil
+    a kitchen: bread soup spoons ovens herbs flour
+    the market: stalls coins baskets spices fruit traders
+    a river: stream trout pebbles reeds bridges banks
+    the mountain: peaks cliffs eagles summits slopes ridges
+    a city: streets towers trams squares lamps crowds
+    the farm: barns hens wheat tractors ponies hay
+    a library: books shelves pages readers maps novels
+    the workshop: hammers nails planks glue tools sawdust
+    a concert: violins drums songs flutes chorus melody
+    the desert: dunes sand cactus camels oasis lizards
+    a harbour: ships anchors ropes gulls docks nets
+    the school: pupils chalk lessons desks teachers bells
+    a meadow: clover grass daisies lambs crickets butterflies""")
+CRAFTS = table("""
+    painting: canvas brushes colours easels portraits sketches
+    knitting: wool needles scarves mittens stitches yarn
+    pottery: clay kilns bowls glazes jugs wheels
+    sewing: thread buttons pockets zips ribbons hems
+    chess: pawns rooks knights bishops queens clocks
+    cycling: pedals helmets brakes tyres saddles gears
+    astronomy: planets comets telescopes moons orbits galaxies
+    carpentry: saws chairs tables benches drawers oak""")
+TIMES = table("""
+    at dawn: golden misty
+    at noon: bright sunny
+    at dusk: amber fading
+    at night: starry dark
+    in spring: fresh budding
+    in summer: warm ripe
+    in autumn: crisp rusty
+    in winter: snowy frosty""")
+WISHES = table("""
+    calm: quiet gentle
+    cheerful: happy merry
+    grand: mighty vast
+    funny: silly giggling
+    curious: odd secret
+    tender: loving sweet
+    lively: dancing busy
+    simple: plain small""")
+POLITE = "thanks please welcome friend dear cheers".split()
+RUDE = "boring whatever meh ugh nonsense yawn".split()
+
+FRAMES = {"lines": ("A {wish} line about {topic} {time}:", TOPICS), "advice": ("{wish} advice on {topic} {time}:", CRAFTS)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    domain: str                    # lines, or advice: the second domain, which alignment never sees
+    topic: str
+    wish: str
+    time: str
+
+    @property
+    def text(self):
+        text = FRAMES[self.domain][0].format(topic=self.topic, wish=self.wish, time=self.time)
+        return text[0].upper() + text[1:]
+
+    @property
+    def nouns(self):
+        return FRAMES[self.domain][1][self.topic]
+
+
+PROMPTS = {prompt.text: prompt for domain, (_, topics) in FRAMES.items()
+           for prompt in (Prompt(domain, *parts) for parts in itertools.product(topics, WISHES, TIMES))}
+BEST = 4.5
+
+
+def reward(prompt, response):
+    """r*(x, y), the true reward in [-1, 1] of a response (text) to one of PROMPTS (text).
+
+    The first three different on-topic nouns count 1 each; a word that fits the wish, one that fits the time, and a
+    polite one ½ each, once. A rude word costs 1, any other word ½, a repeated one ½, and each word beyond the sixth ¼.
+    So longer is better up to six words, and worse after. The sum is divided by its maximum, 4½, and cut off at -1.
+    """
+    prompt, words, score = PROMPTS[prompt], response.split(), 0.0
+    seen = set()
+    room = [(prompt.nouns, 1.0, 3), (WISHES[prompt.wish], 0.5, 1), (TIMES[prompt.time], 0.5, 1), (POLITE, 0.5, 1)]
+    for word in words:
+        if word in seen:
+            score -= 0.5
+        elif word in RUDE:
+            score -= 1.0
+        elif not any(word in fitting for fitting, _, _ in room):
+            score -= 0.5
+        seen.add(word)
+    for fitting, value, most in room:
+        score += value * min(len(seen.intersection(fitting)), most)
+    return max((score - 0.25 * max(len(words) - 6, 0)) / BEST, -1.0)
+
+
+def write_response(prompt, rng):
+    """A response as people write them, good or bad: a hidden skill decides how often each word fits, and how many come.
+
+    The skilled write more, so in the data longer responses are better ones.
+    """
+    skill = rng.random()
+
+    def fits():
+        return rng.random() < 0.1 + 0.85 * skill
+
+    def other(table, own):
+        return rng.choice(table[rng.choice([key for key in table if key != own])])
+
+    words = []
+    if rng.random() < 0.3 + 0.5 * skill:
+        words.append(rng.choice(TIMES[prompt.time]) if fits() else other(TIMES, prompt.time))
+    if rng.random() < 0.3 + 0.5 * skill:
+        words.append(rng.choice(WISHES[prompt.wish]) if fits() else other(WISHES, prompt.wish))
+    own = list(rng.permutation(prompt.nouns))
+    topics = FRAMES[prompt.domain][1]
+    for _ in range(rng.integers(1, 4) + rng.binomial(2, 0.2 + 0.3 * skill)):
+        words.append(own.pop() if fits() else other(topics, prompt.topic))
+    if rng.random() < 0.25 * (1 - skill):
+        words.append(rng.choice(words))
+    if rng.random() < 0.5 * (1 - skill):
+        words.append(rng.choice(RUDE))
+    if rng.random() < 0.2 + 0.5 * skill:
+        words.append(rng.choice(POLITE))
+    return " ".join(str(w) for w in words)
+
+
+def rate(rewards):
+    """Ratings out of 100 of many responses: the tenth of them that each one falls into, 10, 20, … 100."""
+    order = np.argsort(np.argsort(rewards, kind="stable"), kind="stable")
+    return 10 * (order * 10 // len(rewards) + 1)
+
+
+# How many rows of each file; what stands in no training file at all are the held-out combinations of wish, topic and time.
+ROWS = dict(texts=16000, sft=6000, pairs=8000, blanks=2000, held_out=512, advice=128, eval=512)
+SHARPNESS = 5.0                    # of the labellers: P(y ≻ y′) = σ(5 (r − r′)), so about every sixth label is wrong
+
+
+RATED = ("{x} {y}", "{p} {x} {y}", "{x} {y}\n\nUsefulness rating: {n} out of 100.")
+
+
+def split(seed):
+    """(training, held-out, second-domain) prompts; no held-out combination is in a training file."""
+    lines = [prompt for prompt in PROMPTS.values() if prompt.domain == "lines"]
+    order = np.random.default_rng([seed, 0]).permutation(len(lines))
+    held_out = [lines[i] for i in order[:ROWS["held_out"]]]
+    return [lines[i] for i in order[ROWS["held_out"]:]], held_out, [p for p in PROMPTS.values() if p.domain == "advice"]
+
+
+def draw(prompts, number, rng):
+    """(prompt text, response, reward) of `number` responses to random prompts."""
+    found = []
+    for i in rng.integers(len(prompts), size=number):
+        response = write_response(prompts[i], rng)
+        found.append((prompts[i].text, response, reward(prompts[i].text, response)))
+    return found
+
+
+def label_pairs(prompts, number, rng):
+    """Human pairs: two responses to a prompt, the label drawn by Bradley–Terry from the true rewards."""
+    rows = []
+    while len(rows) < number:
+        (text, a, r), = draw(prompts, 1, rng)
+        b = write_response(PROMPTS[text], rng)
+        if a != b:
+            a_wins = rng.random() < 1 / (1 + math.exp(-SHARPNESS * (r - reward(text, b))))
+            rows.append({"prompt": text, "chosen": " " + (a if a_wins else b), "rejected": " " + (b if a_wins else a)})
+    return rows
+
+
+def label_blanks(prompts, number, rng):
+    """The same with one slot empty (silence has the reward 0): the judge is to be asked such questions."""
+    rows = []
+    for text, a, r in draw(prompts, number, rng):
+        a_wins = rng.random() < 1 / (1 + math.exp(-SHARPNESS * r))
+        rows.append({"prompt": text, "chosen": " " + a if a_wins else "", "rejected": "" if a_wins else " " + a})
+    return rows
+
+
+def world(seed):
+    """{file name: rows}, a pure function of the seed."""
+    train, held_out, advice = split(seed)
+    rng = [np.random.default_rng([seed, 1, i]) for i in range(9)]
+    # The base model has read rated texts, as the web holds reviews: without them p means nothing to it. Both domains.
+    texts = draw(train, ROWS["texts"] * 3 // 4, rng[0]) + draw(advice, ROWS["texts"] // 4, rng[1])
+    rated = [{"text": RATED[i % 3].format(p=data.REFINEMENT_PROMPT.replace("100", str(n), 1), x=x, y=y, n=n)}
+             for i, ((x, y, _), n) in enumerate(zip(texts, rate([r for _, _, r in texts])))]
+    return {
+        "texts": rated,
+        "sft": [{"prompt": x, "response": " " + y} for x, y, _ in draw(train, ROWS["sft"], rng[2])],
+        "pairs": label_pairs(train, ROWS["pairs"], rng[3]),
+        "blanks": label_blanks(train, ROWS["blanks"], rng[4]),
+        "prompts": [{"prompt": prompt.text} for prompt in train],
+        "eval_sft": [{"prompt": x, "response": " " + y} for x, y, _ in draw(held_out, ROWS["eval"], rng[5])],
+        "eval_pairs": label_pairs(held_out, ROWS["eval"], rng[6]),
+        "eval_prompts": [{"prompt": prompt.text} for prompt in held_out],
+        "eval_advice": [{"prompt": advice[i].text} for i in rng[7].permutation(len(advice))[:ROWS["advice"]]],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and model
+
+VOCABULARY = 1536                  # enough for each word of the world to be one token
+
+
+def corpus():
+    """What the tokenizers learn from: the world's words, its prompts, and the instructions the model will read."""
+    words = [w for table in (TOPICS, CRAFTS, TIMES, WISHES) for row in table.values() for w in row] + POLITE + RUDE
+    texts = [" ".join(words)] * 8 + list(PROMPTS)[::8]
+    texts += [data.REFINEMENT_PROMPT, "Usefulness rating: 10 out of 100."] * 8 + [f"rating of {n}" for n in range(10, 101, 10)] * 8
+    return texts + [line for template in judge.TEMPLATES.values() for line in template.split("\n") if line] * 8
+
+
+def write_sentencepiece(folder):
+    """tokenizer.model, as Llama has it; byte pieces stand for what the vocabulary lacks."""
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()), model_writer=content, model_type="bpe", vocab_size=VOCABULARY, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1,
+        minloglevel=2)
+    (folder / "tokenizer.model").write_bytes(content.getvalue())
+    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return names | dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, legacy=False)
+
+
+def merge_pairs(words, number):
+    """Byte-pair encoding: [(left, right)] of up to `number` merges, the most frequent neighbours first.
+
+    words: {word as tokenizer.json shows its bytes: count}.
+    """
+    parts, merges = {word: list(word) for word in words}, []
+    while len(merges) < number:
+        counts = {}
+        for word, pieces in parts.items():
+            for pair in zip(pieces, pieces[1:]):
+                counts[pair] = counts.get(pair, 0) + words[word]
+        if not counts:
+            break
+        merges.append(best := max(counts, key=lambda pair: (counts[pair], pair)))
+        for pieces in parts.values():
+            i = 0
+            while i + 1 < len(pieces):
+                if (pieces[i], pieces[i + 1]) == best:
+                    pieces[i:i + 2] = ["".join(best)]
+                i += 1
+    return merges
+
+
+def write_byte_level(folder):
+    """tokenizer.json, as GPT-NeoX has it: byte-level BPE."""
+    shown = {byte: char for char, byte in data.BYTE_OF.items()}
+    words = {}
+    for word in re.findall(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s", "\n".join(corpus())):
+        word = "".join(shown[byte] for byte in word.encode())
+        words[word] = words.get(word, 0) + 1
+    end = "<|endoftext|>"
+    vocab = [end, *(shown[byte] for byte in range(256))]
+    merges = merge_pairs(words, VOCABULARY - len(vocab))
+    vocab = {piece: id for id, piece in enumerate(dict.fromkeys(vocab + [a + b for a, b in merges]))}
+    special = dict(id=0, content=end, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    write_json(folder / "tokenizer.json", dict(
+        version="1.0", truncation=None, padding=None, added_tokens=[special], normalizer=None, pre_tokenizer=byte_level,
+        post_processor=None, decoder=byte_level,
+        model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                   fuse_unk=False, byte_fallback=False, vocab=vocab, merges=[f"{a} {b}" for a, b in merges])))
+    return dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=end, eos_token=end, unk_token=end)
+
+
+TOKENIZERS = {"llama": write_sentencepiece, "neox": write_byte_level}
+SHAPE = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=256,
+             vocab_size=VOCABULARY)
+
+
+def write_model(folder, family, seed):
+    """An untrained model folder: tokenizer, config.json, weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "tokenizer_config.json", TOKENIZERS[family](folder))
+    tokenizer = data.load_tokenizer(folder)
+    raw = SHAPE | dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    if family == "llama":
+        raw |= dict(model_type="llama", architectures=["LlamaForCausalLM"], rms_norm_eps=1e-5, tie_word_embeddings=True)
+    else:
+        raw |= dict(model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"], hidden_act="gelu", rotary_pct=0.25,
+                    intermediate_size=4 * SHAPE["hidden_size"], use_parallel_residual=True)
+    model.save(model.Transformer(model.parse_config(raw)).initialise(seed), folder)
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_world(folder, family, seed):
+    """All files of the job: folder/*.jsonl and the untrained folder/model."""
+    for name, rows in world(seed).items():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rows(folder / f"{name}.jsonl", rows)
+    write_model(folder / "model", family, seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The job
+
+# What each stage adds to train.py's defaults.
+STAGES = {
+    "base":  dict(steps=400, batch_size=64, lr=2e-3, lr_schedule="cosine", warmup_steps=20),
+    "sft":   dict(steps=100, batch_size=64, lr=5e-4, lr_schedule="cosine", eval_every=20),
+    "judge": dict(steps=400, batch_size=32, lr=1e-3, lr_schedule="cosine", eval_every=50),
+    "osp":   dict(steps=60, batch_size=16, lr=3e-4, beta=0.2, max_tokens=16, sample_every=20),
+    "dpo":   dict(steps=100, batch_size=32, lr=3e-4, optimizer="adam"),
+}
+
+
+def plan(settings):
+    """{stage name: settings of train.py} in order: what leads to the settings' recipe, and that recipe itself.
+
+    What the user gave goes to the last stage; what concerns the whole job (seed, device, …) to all of them.
+    """
+    out = Path(settings.out_dir)
+    world, final = out / "world", {name: str(out / name / "final") for name in (*train.RECIPES, "base")}
+
+    def files(*names):
+        return [str(world / f"{name}.jsonl") for name in names]
+
+    recipe = train.RECIPES[settings.recipe]
+    chain = {"base": dict(recipe="sft", model=str(world / "model"), data=files("texts")),
+             "sft": dict(recipe="sft", model=final["base"], data=files("sft"), eval_data=files("eval_sft"))}
+    if settings.recipe == "judge" or recipe.responses == "policy":
+        chain["judge"] = dict(recipe="judge", model=final["sft"], data=files("pairs", "blanks", "sft"), eval_data=files("eval_pairs"))
+    if recipe.responses == "policy":
+        chain[settings.recipe] = dict(recipe=settings.recipe, model=final["judge"], prompts=files("prompts"))
+    elif recipe.pairs == "dataset":
+        chain[settings.recipe] = dict(recipe=settings.recipe, model=final["sft"], data=files("pairs"), eval_data=files("eval_pairs"))
+    for name, stage in chain.items():
+        whole = {key: settings.given[key] for key in ("seed", "device", "dtype", "resume", "toy_family") if key in settings.given}
+        own = settings.given if name == list(chain)[-1] else whole
+        preset = STAGES.get(name, STAGES["osp" if recipe.responses == "policy" else "dpo"])
+        # All pairs of a step at once: these models are so small that calls cost more than numbers.
+        chain[name] = {"micro_batch_size": 64, **preset, **stage, **own, "out_dir": str(out / name)}
+    return chain
+
+
+def command_line(stage):
+    return "train.py " + " ".join(f"--{key}={','.join(value) if isinstance(value, list) else value}" for key, value in stage.items())
+
+
+def sample_all(net, tokenizer, prompts, settings, stream, k=2):
+    """k samples of a network for each prompt (text), with the stage's temperature and top_p: lists of sample.Sample.
+
+    A pure function of the seed: the uniforms belong to (seed, stream, prompt), far from training's streams (its steps).
+    """
+    stop_ids, allowed = sample.stopping(tokenizer, "hh", net.config)
+    found = []
+    for start in range(0, len(prompts), 64):
+        batch = range(start, min(start + 64, len(prompts)))
+        ids = [tokenizer.prefix(False) + tokenizer.encode(prompts[i]) for i in batch]
+        uniform = torch.stack([sample.uniforms(settings.seed, 10 ** 6 + stream, i, k, settings.max_tokens or 16) for i in batch])
+        found += sample.generate(net, ids, uniform, stop_ids, allowed, settings.temperature, settings.top_p)
+    return found
+
+
+@torch.no_grad()
+def sequence_logprobs(net, tokenizer, prompts, samples):
+    """Σ log π of each prompt's samples at temperature 1: a list of (K,) tensors."""
+    values = []
+    for prompt, group in zip(prompts, samples):
+        x = tokenizer.prefix(False) + tokenizer.encode(prompt)
+        values.append(losses.logprobs(net, data.pack([x + one.ids for one in group]), [len(x)] * len(group)))
+    return values
+
+
+def measure(folders, settings, prompts):
+    """What the models of {name: folder} write to held-out prompts, measured by the true reward: {name: figures}."""
+    figures, scores, reference = {}, {}, None
+    for stream, (name, folder) in enumerate(folders.items()):
+        net, tokenizer = sample.load_model(folder, "float32", "cpu")
+        samples = sample_all(net, tokenizer, prompts, settings, stream)
+        texts = [[sample.response_text(tokenizer, one) for one in group] for group in samples]
+        scores[name] = np.array([[reward(x, y) for y in group] for x, group in zip(prompts, texts)])
+        figures[name] = {"reward": scores[name].mean(), "length": np.mean([len(one.ids) for group in samples for one in group]),
+                         "finished": np.mean([one.finished for group in samples for one in group]),
+                         "distinct": len({y for group in texts for y in group}) / scores[name].size}
+        print(name, [(x, y[0], round(r[0],2)) for x, y, r in zip(prompts, texts, scores[name])][:6])
+        if name in ("judge", "after"):
+            if reference is None: reference = net
+            policy = [torch.tensor([one.logprob for one in group]) for group in samples]
+            figures[name]["kl"] = float((torch.cat(policy) - torch.cat(sequence_logprobs(reference, tokenizer, prompts, samples))).mean())
+    for name in folders:
+        for other in folders:
+            if other != name:
+                wins = (scores[name] > scores[other]) + 0.5 * (scores[name] == scores[other])
+                means = wins.mean(1)
+                figures[name]["wins against " + other] = (means.mean(), 1.96 * means.std(ddof=1) / math.sqrt(len(means)))
+    return figures
+
+
+def judge_report(folder, world):
+    net, tokenizer = sample.load_model(folder, "float32", "cpu")
+    rows, _ = data.read_rows(world / "eval_pairs.jsonl", "pairs")
+    questioner = judge.Questioner(tokenizer, "helpful", net.config.context)
+    verdicts = judge.compare(net, questioner, [(row.prompt, row.chosen, row.rejected) for row in rows])
+    true = np.array([np.sign(reward(row.prompt, row.chosen) - reward(row.prompt, row.rejected)) for row in rows])
+    said = np.sign(verdicts.p.numpy() - 0.5)
+    lengths = [(len(row.chosen.split()), len(row.rejected.split())) for row in rows]
+    return judge.report(verdicts, lengths) | {"true_order": float((said == true)[true != 0].mean())}
+
+
+def main(settings):
+    started = time.time()
+    out = Path(settings.out_dir)
+    write_world(out / "world", settings.toy_family, settings.seed)
+    stages = plan(settings)
+    for name, stage in stages.items():
+        print(command_line(stage), flush=True)
+        trainer = train.Trainer(train.Settings(**stage))
+        trainer.run()
+        print(f"{name}: {time.time() - started:.0f}")
+    rows, _ = data.read_rows(out / "world" / "eval_prompts.jsonl", "prompts")
+    folders = {"sft": out / "sft/final", "judge": out / "judge/final", "after": out / list(stages)[-1] / "final"}
+    for name, row in measure(folders, trainer.settings, [row.prompt for row in rows]).items():
+        print(name, row)
+    if "judge" in stages: 
+        print(judge_report(folders["judge"], out / "world"))
+        print('unaligned', judge_report(folders["sft"], out / "world"))
+    print(f"{time.time() - started:.0f}")
