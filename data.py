@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shutil
 import unicodedata
 import zlib
 from dataclasses import dataclass, field
@@ -189,6 +190,11 @@ class Tokenizer:
         stream = self.stream(continues)
         return "".join([stream.push(id) for id in ids]) + stream.flush()
 
+    def save(self, folder):
+        """Copy the tokenizer's files into a saved model's folder."""
+        for file in self.files:
+            shutil.copy(file, folder)
+
     def stream(self, continues=False):
         """A Stream, which decodes one id at a time."""
         return Stream(self, continues)
@@ -256,6 +262,15 @@ class SentencePiece(Tokenizer):
 
     def encode(self, text):
         return self.alone.encode(without_surrogates(text))
+
+    def save(self, folder):
+        """The same; a bare tokenizer.model gets the tokenizer_config.json without which AutoTokenizer misreads it."""
+        super().save(folder)
+        if not any(file.name in ("tokenizer_config.json", "tokenizer.json") for file in self.files):
+            tokens = {f"{name}_token": self.alone.id_to_piece(id) for name, id in
+                      (("bos", self.bos_id), ("eos", self.eos_id), ("unk", self.unk_id)) if id is not None and id >= 0}
+            config = {"tokenizer_class": "LlamaTokenizer", **tokens, "add_bos_token": self.adds_bos, "legacy": False}
+            (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def encode_after(self, text):
         text = without_surrogates(text)

@@ -622,8 +622,7 @@ class Trainer:
             aside, place = self.out / ".writing-final", self.out / "final"
             shutil.rmtree(aside, ignore_errors=True)
             model.save_weights(self.policy.config, weights, aside)
-            for file in self.tokenizer.files:
-                shutil.copy(file, aside)
+            self.tokenizer.save(aside)
             shutil.rmtree(place, ignore_errors=True)
             os.replace(aside, place)
         self.ranks.wait()

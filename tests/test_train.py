@@ -345,6 +345,10 @@ def test_real_checkpoint_on_real_preferences(recipe, tmp_path):
     tokens = torch.randint(3, 512, (2, 100), generator=torch.Generator().manual_seed(0))
     ours, theirs = model.load(tmp_path / "final"), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     assert (ours.head(ours(tokens)) - theirs(tokens).logits).abs().max() < 1e-4
+    # The source has a bare tokenizer.model; final/ says what it is, so that AutoTokenizer reads it too.
+    text = "Once upon a time, there was a girl.\n\nHuman: hi"
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "final").encode(text) == \
+        [1] + data.load_tokenizer(tmp_path / "final").encode(text)
 
 
 @pytest.mark.slow
