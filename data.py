@@ -643,23 +643,29 @@ def read_row(record, need, where):
 
 
 def json_records(path):
-    """Yields (line number, JSON value or Unusable); for a file that is one JSON list (entry number, value)."""
-    with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
-        lines = file                                           # bytes break at \n only, so U+2028 stays inside a line
-        if path.lower().removesuffix(".gz").endswith(".json"):
-            raw = file.read()
-            if raw.removeprefix(BOM).lstrip().startswith(b"["):
-                yield from enumerate(json_list(raw.removeprefix(BOM), path), 1)
-                return
-            lines = raw.split(b"\n")                           # JSON lines under the name .json
-        for number, line in enumerate(lines, 1):
-            line = line.removeprefix(BOM) if number == 1 else line
-            try:
-                record = json.loads(line.decode()) if line.strip() else None
-            except (ValueError, RecursionError) as error:
-                record = Unusable("broken UTF-8" if isinstance(error, UnicodeDecodeError) else "broken JSON")
-            if line.strip():
-                yield number, record
+    """Yields (line number, JSON value or Unusable); for a file that is one JSON list (entry number, value).
+
+    InputError: the file cannot be read.
+    """
+    try:
+        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
+            lines = file                                       # bytes break at \n only, so U+2028 stays inside a line
+            if path.lower().removesuffix(".gz").endswith(".json"):
+                raw = file.read()
+                if raw.removeprefix(BOM).lstrip().startswith(b"["):
+                    yield from enumerate(json_list(raw.removeprefix(BOM), path), 1)
+                    return
+                lines = raw.split(b"\n")                       # JSON lines under the name .json
+            for number, line in enumerate(lines, 1):
+                line = line.removeprefix(BOM) if number == 1 else line
+                try:
+                    record = json.loads(line.decode()) if line.strip() else None
+                except (ValueError, RecursionError) as error:
+                    record = Unusable("broken UTF-8" if isinstance(error, UnicodeDecodeError) else "broken JSON")
+                if line.strip():
+                    yield number, record
+    except (OSError, EOFError, zlib.error) as error:             # EOFError: a gzip file that stops in the middle
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def json_list(raw, path):
@@ -691,15 +697,12 @@ def read_rows(path, need):
     if not path.lower().endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")):
         raise InputError(f"{path}: not a data file: .jsonl, .json and their .gz are read.")
     rows, skipped = [], {}
-    try:
-        for number, record in json_records(path):
-            where = f"{path}:{number}"
-            try:
-                rows.append(read_row(record, need, where))
-            except Unusable as reason:
-                skipped.setdefault(str(reason), []).append(where)
-    except (OSError, EOFError, zlib.error) as error:                 # EOFError: a gzip file that stops in the middle
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    for number, record in json_records(path):
+        where = f"{path}:{number}"
+        try:
+            rows.append(read_row(record, need, where))
+        except Unusable as reason:
+            skipped.setdefault(str(reason), []).append(where)
     if not rows:
         first = next((f"{os.path.basename(where[0])}: {reason}" for reason, where in skipped.items()), "it is empty")
         raise InputError(f"{path}: no row can be used for {need}; {first}.")

@@ -7,6 +7,7 @@ The last line printed is one JSON object. Paper 2 (OSP, arXiv 2405.14103), secti
 
 Letters: N pairs, Q = 2N questions (both orders of each pair), K samples a prompt, D width.
 """
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -277,14 +278,16 @@ def read_responses(path):
     """[(prompt, [texts], "file:line")] of a response file: sample.py's rows, or {"prompt", "response"}."""
     found = []
     for line, record in data.json_records(path):
-        texts = None
-        if isinstance(record, dict) and "prompt" in record:
+        prompt, texts = None, []
+        if isinstance(record, dict):
             several = record.get("responses", [record.get("response")])
             if isinstance(several, list):
                 texts = [r.get("text") if isinstance(r, dict) else r for r in several]
-        if not texts or not all(isinstance(text, str) for text in texts):
+            with contextlib.suppress(data.Unusable):
+                prompt = data.read_prompt(record, answered=True)
+        if prompt is None or not texts or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path}, line {line}: not a row {{\"prompt\", \"responses\": [{{\"text\"}}]}}.")
-        found.append((record["prompt"], texts, f"{path}, line {line}"))
+        found.append((prompt, texts, f"{path}, line {line}"))
     if not found:
         raise InputError(f"{path} holds no responses.")
     return found

@@ -63,24 +63,9 @@ CRAFTS = table("""
     cycling: pedals helmets brakes tyres saddles gears
     astronomy: planets comets telescopes moons orbits galaxies
     carpentry: saws chairs tables benches drawers oak""")
-TIMES = table("""
-    at dawn: golden misty
-    at noon: bright sunny
-    at dusk: amber fading
-    at night: starry dark
-    in spring: fresh budding
-    in summer: warm ripe
-    in autumn: crisp rusty
-    in winter: snowy frosty""")
-WISHES = table("""
-    calm: quiet gentle
-    cheerful: happy merry
-    grand: mighty vast
-    funny: silly giggling
-    curious: odd secret
-    tender: loving sweet
-    lively: dancing busy
-    simple: plain small""")
+TIMES = {"at": "dawn noon dusk night".split(), "in": "spring summer autumn winter".split()}
+TIMES = [f"{word} {time}" for word in TIMES for time in TIMES[word]]
+WISHES = "calm cheerful grand funny curious tender lively simple".split()
 POLITE = "thanks please welcome friend dear cheers".split()
 RUDE = "boring whatever meh ugh nonsense yawn".split()
 
@@ -116,20 +101,22 @@ def reward(prompt, response):
     polite one ½ each, once. A rude word costs 1, any other word ½, a repeated one ½, and each word beyond the sixth ¼.
     So longer is better up to six words, and worse after. The sum is divided by its maximum, 4½, and cut off at -1.
     """
-    prompt, words, score = PROMPTS[prompt], response.split(), 0.0
-    seen = set()
-    room = [(prompt.nouns, 1.0, 3), (WISHES[prompt.wish], 0.5, 1), (TIMES[prompt.time], 0.5, 1), (POLITE, 0.5, 1)]
-    for word in words:
-        if word in seen:
-            score -= 0.5
-        elif word in RUDE:
-            score -= 1.0
-        elif not any(word in fitting for fitting, _, _ in room):
-            score -= 0.5
+    return max(sum(marks(prompt, response)) / BEST, -1.0)
+
+
+def marks(prompt, response):
+    """What each word adds to the sum."""
+    prompt, seen, found = PROMPTS[prompt], set(), []
+    room = [[prompt.nouns, 1.0, 3], [[prompt.wish], 0.5, 1], [[prompt.time.split()[1]], 0.5, 1], [POLITE, 0.5, 1]]
+    for place, word in enumerate(response.split()):
+        value = -1.0 if word in RUDE else -0.5
+        for fitting in room:
+            if word in fitting[0] and word not in seen:
+                value = fitting[1] if fitting[2] else 0.0
+                fitting[2] -= fitting[2] > 0
         seen.add(word)
-    for fitting, value, most in room:
-        score += value * min(len(seen.intersection(fitting)), most)
-    return max((score - 0.25 * max(len(words) - 6, 0)) / BEST, -1.0)
+        found.append(value - 0.25 * (place >= 6))
+    return found
 
 
 def write_response(prompt, rng):
@@ -142,31 +129,35 @@ def write_response(prompt, rng):
     def fits():
         return rng.random() < 0.1 + 0.85 * skill
 
-    def other(table, own):
-        return rng.choice(table[rng.choice([key for key in table if key != own])])
+    def other_row(table, own):
+        return table[rng.choice([key for key in table if key != own])]
 
     words = []
     if rng.random() < 0.3 + 0.5 * skill:
-        words.append(rng.choice(TIMES[prompt.time]) if fits() else other(TIMES, prompt.time))
-    if rng.random() < 0.3 + 0.5 * skill:
-        words.append(rng.choice(WISHES[prompt.wish]) if fits() else other(WISHES, prompt.wish))
-    own = list(rng.permutation(prompt.nouns))
+        words.append(prompt.wish if fits() else rng.choice(WISHES))
     topics = FRAMES[prompt.domain][1]
+    own, astray = list(rng.permutation(prompt.nouns)), list(rng.permutation(other_row(topics, prompt.topic)))
     for _ in range(rng.integers(1, 4) + rng.binomial(2, 0.2 + 0.3 * skill)):
-        words.append(own.pop() if fits() else other(topics, prompt.topic))
+        words.append((own if fits() else astray).pop())
     if rng.random() < 0.25 * (1 - skill):
         words.append(rng.choice(words))
     if rng.random() < 0.5 * (1 - skill):
         words.append(rng.choice(RUDE))
+    if rng.random() < 0.3 + 0.5 * skill:
+        words.append((prompt.time if fits() else rng.choice(TIMES)).split()[1])
     if rng.random() < 0.2 + 0.5 * skill:
         words.append(rng.choice(POLITE))
     return " ".join(str(w) for w in words)
 
 
 def rate(rewards):
-    """Ratings out of 100 of many responses: the tenth of them that each one falls into, 10, 20, … 100."""
+    """Ratings out of 100 of many responses: 1, 25, 50, 75 or 100, for the fifth of them that each one falls into."""
     order = np.argsort(np.argsort(rewards, kind="stable"), kind="stable")
-    return 10 * (order * 10 // len(rewards) + 1)
+    return np.array([1, 25, 50, 75, 100])[order * 5 // len(rewards)]
+
+
+def marked(prompt, response):
+    return " ".join(f"{word} {'+' if mark > 0 else '-'}" for word, mark in zip(response.split(), marks(prompt, response)))
 
 
 # How many rows of each file; what stands in no training file at all are the held-out combinations of wish, topic and time.
@@ -174,7 +165,7 @@ ROWS = dict(texts=16000, sft=6000, pairs=8000, blanks=2000, held_out=512, advice
 SHARPNESS = 5.0                    # of the labellers: P(y ≻ y′) = σ(5 (r − r′)), so about every sixth label is wrong
 
 
-RATED = ("{x} {y}", "{p} {x} {y}", "{x} {y}\n\nUsefulness rating: {n} out of 100.")
+RATED = ("{x} {y}", "{p} {x} {y}", "{x}\n\n1: {marked}\n\n2: {other}")
 
 
 def split(seed):
@@ -219,10 +210,13 @@ def world(seed):
     """{file name: rows}, a pure function of the seed."""
     train, held_out, advice = split(seed)
     rng = [np.random.default_rng([seed, 1, i]) for i in range(9)]
-    # The base model has read rated texts, as the web holds reviews: without them p means nothing to it. Both domains.
+    # What the base model reads, of both domains: what belongs together, and responses, some of them rated, as the web
+    # holds reviews: without them p means nothing to it.
     texts = draw(train, ROWS["texts"] * 3 // 4, rng[0]) + draw(advice, ROWS["texts"] // 4, rng[1])
-    rated = [{"text": RATED[i % 3].format(p=data.REFINEMENT_PROMPT.replace("100", str(n), 1), x=x, y=y, n=n)}
+    rated = [{"text": RATED[i % 3].format(p=data.REFINEMENT_PROMPT.replace("100", str(n), 1), x=x, y=y, marked=marked(x, y), other=marked(x, write_response(PROMPTS[x], rng[8])))}
              for i, ((x, y, _), n) in enumerate(zip(texts, rate([r for _, _, r in texts])))]
+    kinds = [*TOPICS.items(), *CRAFTS.items(), ("polite", POLITE), ("rude", RUDE)]
+    rated += [{"text": f"{kinds[i][0]}: {' '.join(rng[8].permutation(kinds[i][1]))}"} for i in rng[8].integers(len(kinds), size=ROWS["texts"] // 4)]
     return {
         "texts": rated,
         "sft": [{"prompt": x, "response": " " + y} for x, y, _ in draw(train, ROWS["sft"], rng[2])],
@@ -244,10 +238,10 @@ VOCABULARY = 1536                  # enough for each word of the world to be one
 
 def corpus():
     """What the tokenizers learn from: the world's words, its prompts, and the instructions the model will read."""
-    words = [w for table in (TOPICS, CRAFTS, TIMES, WISHES) for row in table.values() for w in row] + POLITE + RUDE
+    words = [w for table in (TOPICS, CRAFTS) for row in table.values() for w in row] + POLITE + RUDE
     texts = [" ".join(words)] * 8 + list(PROMPTS)[::8]
-    texts += [data.REFINEMENT_PROMPT, "Usefulness rating: 10 out of 100."] * 8 + [f"rating of {n}" for n in range(10, 101, 10)] * 8
-    return texts + [line for template in judge.TEMPLATES.values() for line in template.split("\n") if line] * 8
+    texts += [data.REFINEMENT_PROMPT, " + - + -\n\n1: -\n\n2: +"] * 8 + [f"rating of {n}" for n in range(10, 101, 10)] * 8
+    return texts + list(judge.TEMPLATES.values()) * 8
 
 
 def write_sentencepiece(folder):

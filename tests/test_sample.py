@@ -276,6 +276,15 @@ def test_every_token_is_reported_as_it_comes(max_tokens):
     assert [rows[row] for row in range(len(PROMPTS) * K)] == [s.ids for row in samples for s in row]
 
 
+def test_where_responses_stop_and_what_they_may_hold(folders):
+    """The ends that the folder names; not the padding token, and no row behind the tokenizer's ids (Pythia has such)."""
+    net, tokenizer = sample.load_model(folders["neox"], "float32", "cpu")
+    stops, allowed = sample.stopping(tokenizer, "hh", net.config)
+    end, padding = (tokenizer.special_ids[name] for name in ("<|endoftext|>", "<|padding|>"))
+    assert stops == {end} and len(allowed) == 424
+    assert [id for id in range(424) if not allowed[id]] == [padding, 420, 421, 422, 423]
+
+
 def test_text_leaves_the_stop_id_out(tmp_path):
     tokenizer = data.load_tokenizer(tiny.write_tokenizer(tmp_path))
     ids = tokenizer.encode_after(" The river")
@@ -386,11 +395,14 @@ def test_a_prompt_without_room_is_named(folders, tmp_path, capsys, monkeypatch):
 
 
 def test_the_context_is_never_left(folders, capsys, monkeypatch):
-    """A prompt that leaves 3 tokens gets at most 3, however many are asked for, and asking for a million takes no more memory."""
+    """BOS and a prompt of n tokens leave 511 - n, however many are asked for; asking for 10¹² takes no more memory."""
     tokenizer = data.load_tokenizer(folders["llama"])
-    prompt = next(text for n in range(512) if len(tokenizer.encode(text := "The" + " river" * n)) == 508)
-    _, out, _ = command(capsys, monkeypatch, f"--model={folders['llama']}", f"--prompt={prompt}", "--k=4", "--max_tokens=1e6")
-    assert max(len(response["ids"]) for response in json.loads(out)["responses"]) == 3
+    prompts = {len(tokenizer.encode(text)): text for text in ("The" + "!" * n for n in range(520))}
+    for n, most in ((508, 3), (510, 1)):
+        _, out, _ = command(capsys, monkeypatch, f"--model={folders['llama']}", f"--prompt={prompts[n]}", "--k=4", "--max_tokens=1e12")
+        assert max(len(response["ids"]) for response in json.loads(out)["responses"]) == most
+    code, out, err = command(capsys, monkeypatch, f"--model={folders['llama']}", f"--prompt={prompts[511]}", "--max_tokens=1")
+    assert code == 1 and out == "" and "512" in err
 
 
 class Terminal:
