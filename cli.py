@@ -50,9 +50,9 @@ def number(text):
 def convert(text, kind):
     """The value of `text` for an annotation: int, float, bool, str, list[str] (comma-separated), or one of these | None."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if type(None) in options and text.lower() in ("none", ""):
-        return None
     kind = next(k for k in options if k is not type(None))
+    if type(None) in options and kind is not str and text.lower() == "none":
+        return None
     if kind is bool:
         return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
     if typing.get_origin(kind) is list:
@@ -91,7 +91,9 @@ def parse(cls, arguments):
         if argument in ("-h", "--help"):
             print((inspect.getdoc(cls) or "").strip() + "\n")
             for field, comment in fields_with_comments(cls):
-                print(f"  --{field.name}={field.default if field.default is not dataclasses.MISSING else ''}"
+                default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+                shown = ",".join(map(str, default)) if isinstance(default, list) else default
+                print(f"  --{field.name}={shown}"
                       f"  ({kind_name(kinds[field.name])})" + (f"\n        {comment}" if comment else ""))
             sys.exit(0)
         match = re.fullmatch(r"--([A-Za-z_]\w*)(?:=(.*))?", argument, re.DOTALL)
@@ -109,7 +111,9 @@ def parse(cls, arguments):
             given[key] = True if text is None else convert(text, kinds[key])
         except (ValueError, KeyError, OverflowError):
             raise InputError(f"--{key}={text}: not a value of type {kind_name(kinds[key])}.") from None
-    return cls(**given)
+    settings = cls(**given)
+    settings.given = {**getattr(settings, "given", {}), **given}      # what was typed, though it be equal to the default
+    return settings
 
 
 def run(main, cls):
@@ -117,7 +121,9 @@ def run(main, cls):
     try:
         return main(parse(cls, sys.argv[1:]))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)):        # ranks mostly meet the same error: leave it to the first to say it
+            time.sleep(2)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except BrokenPipeError:                       # `sample.py … | head`: the reader has left, nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -190,6 +190,10 @@ class Tokenizer:
         stream = self.stream(continues)
         return "".join([stream.push(id) for id in ids]) + stream.flush()
 
+    def same_ids(self, other):
+        """Whether both tokenizers give the same ids: they have the same pieces and special tokens."""
+        return (self.pieces, self.special_ids) == (other.pieces, other.special_ids)
+
     def save(self, folder):
         """Copy the tokenizer's files into a saved model's folder."""
         for file in self.files:
@@ -503,6 +507,7 @@ class Row:
     rejected: str | None          # the worse response; None outside pairs
     p: float | None               # strength p(chosen > rejected) where the file gives it, as replayed rollouts do
     where: str                    # file:line; in a JSON list file:number of the entry
+    finished: tuple = (True, True)    # whether chosen and rejected ended; one that was cut gets no EOS
 
 
 @dataclass
@@ -639,7 +644,10 @@ def read_row(record, need, where):
         raise Unusable("identical responses")
     if p is not None and (isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1):   # NaN fails too
         raise Unusable("p is not a number from 0 to 1")
-    return Row(query, chosen, rejected, p, where)
+    finished = record.get("finished", [True, True])            # in replayed rollouts
+    if not isinstance(finished, list) or [type(f) for f in finished] != [bool, bool]:
+        raise Unusable("finished is not a list of two booleans")
+    return Row(query, chosen, rejected, p, where, tuple(finished))
 
 
 def json_records(path):
@@ -907,7 +915,7 @@ def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_
     x = prompt_ids(tokenizer, row.prompt, chat)
     prefix = tokenizer.prefix(empty=not x)
     texts = [text for text in (row.chosen, row.rejected) if text is not None]
-    responses = [response_ids(tokenizer, row.prompt, text, chat) for text in texts]
+    responses = [response_ids(tokenizer, row.prompt, text, chat, finished) for text, finished in zip(texts, row.finished)]
     x_cut, y_cut, cut = fit(prefix, x, responses or [[tokenizer.eos_id] * max_tokens], max_length, max_prompt_length)
     chosen, rejected = [*y_cut[:len(texts)], None, None][:2]
     if rejected is not None and chosen == rejected:

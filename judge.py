@@ -120,16 +120,16 @@ def compare(net, questioner, pairs):
     P(A) is the softmax over the two answer tokens, so one logit difference; P(B) = 1 - P(A). With both orders
     p = ½ [P(A | first at A) + P(B | first at B)]: p(y ≻ y′) + p(y′ ≻ y) = 1, and identical responses give ½ exactly.
     """
-    questions = [question for pair in pairs for question in questioner.both_orders(*pair)]
-    said, start = [], 0
-    while start < len(questions):
-        stop, size = start, 0
-        while stop < len(questions) and (stop == start or size + len(questions[stop].ids) <= FOREST_TOKENS):
-            size, stop = size + len(questions[stop].ids), stop + 1
-        said.append(answer(net, questions[start:stop]))
-        start = stop
-    at_a, at_b = torch.cat(said).view(-1, 2).unbind(1) if said else (torch.zeros(0), torch.zeros(0))
-    cut = sum(question.cut for question in questions[::2])
+    said, batch, size, cut = [torch.zeros(0, dtype=torch.float64)], [], 0, 0
+    for orders in (questioner.both_orders(*pair) for pair in pairs):
+        tokens = sum(len(question.ids) for question in orders)
+        if batch and size + tokens > FOREST_TOKENS:
+            said.append(answer(net, batch))
+            batch, size = [], 0
+        batch, size, cut = batch + orders, size + tokens, cut + orders[0].cut
+    if batch:
+        said.append(answer(net, batch))
+    at_a, at_b = torch.cat(said).view(-1, 2).unbind(1)
     return Verdicts(0.5 + (at_a - at_b) / 2, at_a, at_b, cut)
 
 
@@ -140,9 +140,8 @@ def answer(net, questions):
     hidden = net(forest.tokens[None].to(device), forest.depth[None], forest.end[None])[0]
     hidden = hidden[torch.stack([path[-1] for path in forest.paths]).to(device)]                # (Q, D)
     a, b = torch.tensor([question.answers for question in questions], device=device).unbind(1)
-    weight = net.head.weight.to(hidden.dtype)
-    logits = [(hidden * weight[ids]).sum(-1, dtype=torch.float64) for ids in (a, b)]
-    return (logits[0] - logits[1]).sigmoid().cpu()
+    logits = [(hidden.cpu().double() * net.head.weight[ids].cpu().double()).sum(-1) for ids in (a, b)]
+    return (logits[0] - logits[1]).sigmoid()
 
 
 def baseline(net, questioner, contexts, responses):
@@ -189,7 +188,7 @@ def augmentation(questioner, rows, seed):
     One half of the rows has the better response at A, the disjoint other half has it at B (paper 2, section 3.1).
     Returns (sequences, start of the supervised part, number cut): each sequence ends with its answer.
     """
-    half = np.random.default_rng([seed, 7]).permutation(len(rows)) < len(rows) / 2
+    half = np.random.default_rng([seed, 3]).permutation(len(rows)) < len(rows) / 2
     sequences, cut = [], 0
     for row, better_at_a in zip(rows, half):
         question = questioner.both_orders(data.context_text(row.prompt), row.chosen, row.rejected)[0 if better_at_a else 1]
@@ -232,16 +231,16 @@ def flips(verdicts):
 def win_rate(verdicts, groups):
     """Win, tie and lose shares of the first of each pair; a tie is a pair on which the orders disagree, or p = ½.
 
-    win_rate counts ties half, with a 95 % interval (normal, over the means of `groups`: pairs of one prompt are not
-    independent).
+    win_rate counts ties half, with Wilson's 95 % interval over the number of `groups`: pairs of one prompt are not
+    independent.
     """
     p, tie = verdicts.p.numpy(), flips(verdicts) | (verdicts.p.numpy() == 0.5)
     score = np.where(tie, 0.5, p > 0.5)
-    means = np.array([score[np.array(groups) == g].mean() for g in dict.fromkeys(groups)])
-    mean = score.mean()
-    width = 1.96 * means.std(ddof=1) / math.sqrt(len(means)) if len(means) > 1 else 0.5
+    mean, n, z = score.mean(), len(set(groups)), 1.96
+    centre, width = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    low, high = (centre - width) / (1 + z * z / n), (centre + width) / (1 + z * z / n)
     return {"n": len(p), "win": float((score == 1).mean()), "tie": float(tie.mean()), "lose": float((score == 0).mean()),
-            "win_rate": float(mean), "ci_low": float(max(mean - width, 0)), "ci_high": float(min(mean + width, 1))}
+            "win_rate": float(mean), "ci_low": float(low), "ci_high": float(high)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,7 +256,6 @@ class Settings:
     judge_task: str = "helpful"    # the instruction: helpful or summary
     max_length: int | None = None  # tokens of an instruction; default: the model's context
     limit: int | None = None       # read only the first so many rows
-    chat: str | None = None        # dialogue format, when the folder has a chat template (the judge itself reads plain text)
     dtype: str = "float32"         # float32, bfloat16, float64
     device: str = "auto"           # auto, cpu, cuda, mps
     batch_size: int = 64           # pairs at a time
@@ -299,14 +297,14 @@ def paired_responses(settings):
     if len(ours) != len(theirs):
         raise InputError(f"{settings.a} has {len(ours)} rows and {settings.b} has {len(theirs)}; they must answer the same prompts.")
     pairs, groups = [], []
-    for group, ((prompt, a, where), (other, b, there)) in enumerate(zip(ours, theirs)):
+    for group, ((prompt, a, where), (other, b, there)) in enumerate(zip(ours[:settings.limit], theirs)):
         if prompt != other:
             raise InputError(f"{where} and {there} answer different prompts.")
         if len(a) != len(b):
             raise InputError(f"{where} has {len(a)} responses and {there} has {len(b)}.")
         pairs += [(data.context_text(prompt), x, y) for x, y in zip(a, b)]
         groups += [group] * len(a)
-    return pairs[:settings.limit], groups[:settings.limit]
+    return pairs, groups
 
 
 def main(settings):

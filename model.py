@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,7 +153,7 @@ def parse_config(raw, where="config"):
     for key, value in raw.items():
         if key in DROPOUTS:
             if value:
-                print(f"note: {where}: {key} is {value}; Osprey applies no dropout.")
+                print(f"note: {where}: {key} is {value}; Osprey applies no dropout.", file=sys.stderr)
         elif key not in fields and key not in HARMLESS and value not in (None, False, repeated.get(key)):
             raise InputError(f"{where}: the field {key} (here {str(value)[:60]}) is not implemented for {model_type}.")
 

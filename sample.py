@@ -33,7 +33,7 @@ class Sample:
 
 def uniforms(seed, step, prompt, k, max_tokens):
     """(K, max_tokens) numbers in [0, 1) that belong to this seed, step and prompt index alone, float64 on the CPU."""
-    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step, prompt])))
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, 2, step, prompt])))
     return torch.from_numpy(generator.random((k, max_tokens)))
 
 
@@ -44,7 +44,8 @@ def choose(logits, uniform, temperature, top_p):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature       # a tiny temperature must not give inf - inf
+    probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     below = probabilities.cumsum(-1) - probabilities               # the mass in front of each token
     probabilities = probabilities.masked_fill(below >= top_p, 0)
     reached = probabilities.cumsum(-1)
@@ -71,19 +72,20 @@ def generate(net, prompts, uniform, stop_ids, allowed, temperature=0.7, top_p=0.
     last = torch.stack([path[-1] for path in forest.paths]).to(device)
     logits = net.head(hidden[last]).repeat_interleave(K, 0)        # (R, V)
 
-    uniform = uniform.reshape(P * K, max_tokens).to(device)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    uniform = uniform.reshape(P * K, max_tokens).to(wide).to(device)
     limit = torch.tensor(limits or [max_tokens] * P, device=device).repeat_interleave(K)
     stop = torch.tensor(sorted(stop_ids), device=device)
     banned = ~torch.as_tensor(allowed, device=device)
     rows = torch.arange(P * K, device=device)                      # the rows still growing
     ids = torch.full((P * K, max_tokens), -1, device=device)
-    logprob = torch.zeros(P * K, dtype=torch.float64, device=device)
+    logprob = torch.zeros(P * K, dtype=wide, device=device)
     finished = torch.zeros(P * K, dtype=torch.bool, device=device)
     for t in range(max_tokens):
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits.to(wide)
         tokens = choose(logits.masked_fill(banned, -math.inf), uniform[rows, t], temperature, top_p)
         ids[rows, t] = tokens
-        logprob[rows] += (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).double()
+        logprob[rows] += logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
         stopped = torch.isin(tokens, stop)
         finished[rows] = stopped
         if on_token is not None:
@@ -190,7 +192,7 @@ def main(settings):
                              f"context of {net.config.context}.")
     stop_ids, allowed = stopping(tokenizer, chat, net.config)
     streaming = settings.prompt is not None and settings.k == 1 and settings.out is None and sys.stdout.isatty()
-    stream = tokenizer.stream() if streaming else None
+    stream = tokenizer.stream(continues=True) if streaming else None
 
     def show(row, token):
         if token not in stop_ids:
@@ -200,6 +202,7 @@ def main(settings):
         out = open(settings.out, "w", encoding="utf-8") if settings.out else sys.stdout
     except OSError as error:
         raise InputError(f"--out={settings.out}: cannot be written ({error.strerror}).") from None
+    line = cli.StepLine(len(rows), "prompts", enabled=bool(settings.out))
     max_tokens = min(settings.max_tokens, net.config.context)      # a larger table and cache would never be filled
     for start in range(0, len(rows), settings.batch_size):
         batch = range(start, min(start + settings.batch_size, len(rows)))
@@ -214,6 +217,7 @@ def main(settings):
             print(json.dumps({"prompt": rows[i].prompt, "responses": [
                 {"text": response_text(tokenizer, s), "ids": s.ids, "logprob": round(s.logprob, 4), "finished": s.finished}
                 for s in samples]}, ensure_ascii=False), file=out, flush=True)
+        line.update(batch[-1] + 1)
     if settings.out:
         out.close()
         print(f"{len(rows)} prompts × {settings.k} responses written to {settings.out}")

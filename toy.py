@@ -124,7 +124,7 @@ def write_response(prompt, rng):
 
     The skilled write more, so in the data longer responses are better ones.
     """
-    skill = rng.random()
+    skill = rng.beta(0.4, 0.4)
 
     def fits():
         return rng.random() < 0.1 + 0.85 * skill
@@ -340,10 +340,10 @@ def write_world(folder, family, seed):
 
 # What each stage adds to train.py's defaults.
 STAGES = {
-    "base":  dict(steps=400, batch_size=64, lr=2e-3, lr_schedule="cosine", warmup_steps=20),
-    "sft":   dict(steps=100, batch_size=64, lr=5e-4, lr_schedule="cosine", eval_every=20),
-    "judge": dict(steps=400, batch_size=32, lr=1e-3, lr_schedule="cosine", eval_every=50),
-    "osp":   dict(steps=60, batch_size=16, lr=3e-4, beta=0.2, max_tokens=16, sample_every=20),
+    "base":  dict(steps=500, batch_size=64, lr=2e-3, lr_schedule="cosine", warmup_steps=20),
+    "sft":   dict(steps=60, batch_size=64, lr=3e-4, lr_schedule="cosine", eval_every=20),
+    "judge": dict(steps=500, batch_size=32, lr=5e-4, lr_schedule="cosine", eval_every=100),
+    "osp":   dict(steps=80, batch_size=16, lr=3e-4, beta=0.1, max_tokens=16, sample_every=40),
     "dpo":   dict(steps=100, batch_size=32, lr=3e-4, optimizer="adam"),
 }
 
@@ -363,7 +363,7 @@ def plan(settings):
     chain = {"base": dict(recipe="sft", model=str(world / "model"), data=files("texts")),
              "sft": dict(recipe="sft", model=final["base"], data=files("sft"), eval_data=files("eval_sft"))}
     if settings.recipe == "judge" or recipe.responses == "policy":
-        chain["judge"] = dict(recipe="judge", model=final["sft"], data=files("pairs", "blanks", "sft"), eval_data=files("eval_pairs"))
+        chain["judge"] = dict(recipe="judge", model=final["sft"], data=files("pairs", "blanks") + [f"{world / 'sft.jsonl'}:0.2"], eval_data=files("eval_pairs"))
     if recipe.responses == "policy":
         chain[settings.recipe] = dict(recipe=settings.recipe, model=final["judge"], prompts=files("prompts"))
     elif recipe.pairs == "dataset":
@@ -454,6 +454,7 @@ def main(settings):
         print(f"{name}: {time.time() - started:.0f}")
     rows, _ = data.read_rows(out / "world" / "eval_prompts.jsonl", "prompts")
     folders = {"sft": out / "sft/final", "judge": out / "judge/final", "after": out / list(stages)[-1] / "final"}
+    folders = {k: v for k, v in folders.items() if v.exists()}
     for name, row in measure(folders, trainer.settings, [row.prompt for row in rows]).items():
         print(name, row)
     if "judge" in stages: 

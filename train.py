@@ -235,11 +235,13 @@ def gathered(*nets):
         for module in (*net.blocks, net):
             module.unshard()
             module.set_reshard_after_forward(False, recurse=False)
-    yield
-    for net in sharded:
-        for module in (*net.blocks, net):
-            module.reshard()
-            module.set_reshard_after_forward(module is not net, recurse=False)
+    try:
+        yield
+    finally:
+        for net in sharded:
+            for module in (*net.blocks, net):
+                module.reshard()
+                module.set_reshard_after_forward(module is not net, recurse=False)
 
 
 def full(tensor):
@@ -260,10 +262,10 @@ class Sequence:
 class Dataset:
     """Rows as ids, in an order that is a pure function of (seed, epoch)."""
 
-    def __init__(self, settings, tokenizer, context, say):
+    def __init__(self, settings, tokenizer, context, judge_context, say):
         s, recipe = settings, RECIPES[settings.recipe]
         self.online = recipe.responses == "policy"
-        self.seed = s.seed
+        self.hard, self.seed = recipe.labels == "hard", s.seed
         chat = data.check_chat(tokenizer, s.chat)
         refined = s.refinement_prompt if recipe.loss.startswith("sr-") else None
         p_length = len(tokenizer.encode(refined)) if refined else 0
@@ -276,13 +278,14 @@ class Dataset:
             raise InputError(f"the model's context of {context} tokens leaves no room behind a refinement prompt of {p_length}.")
         self.max_prompt_length = s.max_prompt_length or self.max_length // 2
         self.max_tokens = s.max_tokens or self.max_length - min(self.max_prompt_length, self.max_length // 2)
-        if self.online and self.max_tokens >= self.max_length:
-            raise InputError(f"--max_tokens={self.max_tokens}: no room for a prompt within --max_length={self.max_length}.")
-        if self.online:
-            self.max_prompt_length = min(self.max_prompt_length, self.max_length - self.max_tokens)
+        if self.online:         # a prompt keeps what max_tokens leaves, its BOS included
+            room = self.max_length - self.max_tokens - len(tokenizer.prefix(False))
+            if room < 1:
+                raise InputError(f"--max_tokens={self.max_tokens}: no room for a prompt within --max_length={self.max_length}.")
+            self.max_prompt_length = min(self.max_prompt_length, room)
         self.limits = dict(chat=chat, max_length=self.max_length, max_prompt_length=self.max_prompt_length,
                            refinement_prompt=refined)
-        self.questioner = judge.Questioner(tokenizer, s.judge_task, context)
+        self.questioner = judge.Questioner(tokenizer, s.judge_task, judge_context)
         self.recipe, self.tokenizer = s.recipe, tokenizer
         if self.online:
             files, need = s.prompts or s.data, "prompts"
@@ -318,6 +321,9 @@ class Dataset:
             say(report)
         if need in ("responses", "judge"):
             return instructions + [Sequence(pair.x + pair.chosen, len(pair.x)) for pair in pairs]
+        if self.hard:           # where a row has a p (a replayed rollout), that names the winner
+            pairs = [dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen) if pair.p is not None and pair.p < 0.5
+                     else pair for pair in pairs if pair.p != 0.5]
         return pairs
 
     def __len__(self):
@@ -344,6 +350,7 @@ class Trainer:
         self.recipe = RECIPES[s.recipe]
         self.ranks = Ranks.start(s.device)
         self.out = Path(s.out_dir)
+        self.before = self.claim_out_dir()
         self.dtype = self.pick_dtype()
         masters = torch.float64 if self.dtype == torch.float64 else torch.float32
 
@@ -361,7 +368,8 @@ class Trainer:
             for net in {id(n): n for n in (self.policy, self.reference, self.judge) if n is not None}.values():
                 shard(net, self.dtype)
 
-        self.data = Dataset(s, self.tokenizer, self.policy.config.context, self.say)
+        context = self.policy.config.context
+        self.data = Dataset(s, self.tokenizer, context, self.judge.config.context if self.judge else context, self.say)
         self.places = s.steps * s.batch_size if s.steps else math.ceil(len(self.data) * s.epochs)
         self.steps = s.steps or math.ceil(self.places / s.batch_size)
         warmup = RECIPES[s.recipe].defaults["warmup_steps"]
@@ -375,10 +383,10 @@ class Trainer:
         return getattr(torch, name)
 
     def frozen(self, folder):
+        """A reference or judge: read in the compute type, never trained; it must share the policy's tokenizer."""
         net = model.load(folder, self.dtype, self.ranks.device)
-        if net.config.vocab_size != self.policy.config.vocab_size:
-            raise InputError(f"{folder} has a vocabulary of {net.config.vocab_size} and {self.settings.model} one of "
-                             f"{self.policy.config.vocab_size}; they must share a tokenizer.")
+        if folder != self.settings.model and not sample.matching_tokenizer(folder, net.config).same_ids(self.tokenizer):
+            raise InputError(f"{folder} and {self.settings.model} have different tokenizers; all models of a run must share one.")
         return net.requires_grad_(False)
 
     def make_optimizer(self):
@@ -427,11 +435,14 @@ class Trainer:
             loss = self.objective(micros[i], log) if i < len(micros) else self.nothing()
             # FSDP averages gradients over the ranks; we want the sum.
             (loss * self.ranks.size / max(weight, 1)).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.grad_clip or math.inf)
+        norm = float(full(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.grad_clip or math.inf)))
+        if not math.isfinite(norm):
+            raise InputError(f"step {step + 1}: the gradient is not finite (norm {norm}); the run stops with what was saved "
+                             f"before. A lower --lr or --grad_clip may help.")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         log.value("update_seconds", time.perf_counter() - update_started)
-        metrics = {"step": step + 1, **log.means(), "grad_norm": float(full(norm)), "lr": self.lr_at(step)}
+        metrics = {"step": step + 1, **log.means(), "grad_norm": norm, "lr": self.lr_at(step)}
         metrics["tokens_per_second"] = log.totals["tokens"] / (time.perf_counter() - started)
         return metrics
 
@@ -462,9 +473,10 @@ class Trainer:
             scale = s.delta_scale if self.recipe.loss == "sr-ipo" else "logistic"
             log.add("refined_margin", losses.refined_margin(margin, delta, s.beta, s.lam, scale))
         if self.recipe.labels == "soft":
-            p = torch.tensor([pair.p for pair in pairs], device=margin.device, dtype=margin.dtype)
+            p = torch.tensor([1.0 if pair.p is None else pair.p for pair in pairs], device=margin.device, dtype=margin.dtype)
             log.add("p", p)
             log.add("p_hat", losses.strength_hat(margin, s.beta))
+        if self.data.online:          # over the fresh samples that are in a pair; the median of an odd K is in none
             log.add("kl", torch.cat(policy) - torch.cat(reference))
         values = PAIR_LOSSES[self.recipe.loss](margin, delta, p, s)
         for name, value in (("loss", values), ("margin", margin), ("accuracy", losses.correct(margin)),
@@ -483,7 +495,7 @@ class Trainer:
         queries = [getattr(pair, query) for pair in pairs]
         forest = data.pack([x + y for x, pair in zip(queries, pairs) for y in (pair.chosen, pair.rejected)])
         starts = [len(x) for x in queries for _ in range(2)]
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             policy = losses.logprobs(self.policy, forest, starts).view(-1, 2).unbind(1)
         with torch.no_grad():
             reference = losses.logprobs(self.reference, forest, starts).view(-1, 2).unbind(1)
@@ -521,18 +533,19 @@ class Trainer:
         log.add("response_length", torch.tensor([float(len(one.ids)) for group in samples for one in group]))
         log.add("finished", torch.tensor([float(one.finished) for group in samples for one in group]))
         log.add("judge_cut", torch.tensor([float(cut)]), weight=asked)
-        self.write_rollouts(step, share, texts, labelled)
+        self.write_rollouts(step, share, samples, texts, labelled)
         if s.sample_every and step % s.sample_every == 0 and share:
             self.show_rollout(step, share[0][1], texts[0], strengths[0], labelled[0])
         return pairs
 
-    def write_rollouts(self, step, share, texts, labelled):
+    def write_rollouts(self, step, share, samples, texts_of, labelled):
         """Rollouts as data rows, one file a rank, so that the run can be replayed offline."""
         name = f"rollouts.{self.ranks.rank}.jsonl" if self.ranks.rank else "rollouts.jsonl"
         with open(self.out / name, "a", encoding="utf-8") as file:
-            for (_, query), group, chosen in zip(share, texts, labelled):
+            for (_, query), group, texts, chosen in zip(share, samples, texts_of, labelled):
                 for i, j, p in chosen:
-                    row = {"prompt": query.row.prompt, "chosen": group[i], "rejected": group[j], "p": round(p, 6), "step": step + 1}
+                    row = {"prompt": query.row.prompt, "chosen": texts[i], "rejected": texts[j], "p": round(p, 6),
+                           "finished": [group[i].finished, group[j].finished], "step": step + 1}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def show_rollout(self, step, query, texts, strengths, labelled):
@@ -546,8 +559,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self):
-        """Metrics on held-out rows, prefixed eval_; None without eval_data."""
-        if not self.data.held_out or self.recipe.responses == "policy":
+        """Metrics on held-out rows, prefixed eval_; none without eval_data. For online recipes these are pairs, with p = 1."""
+        if not self.data.held_out:
             return {}
         log = Log(self.ranks)
         rows = self.data.held_out[self.ranks.rank::self.ranks.size]
@@ -617,7 +630,11 @@ class Trainer:
 
     def save_final(self):
         """final/: a Hugging Face folder with the source's tokenizer files."""
-        weights = {name: full(weight).detach().cpu() for name, weight in self.policy.named_parameters()}
+        weights = {}
+        for name, weight in self.policy.named_parameters():
+            whole = full(weight).detach()
+            if self.ranks.rank == 0:
+                weights[name] = whole.cpu()
         if self.ranks.rank == 0:
             aside, place = self.out / ".writing-final", self.out / "final"
             shutil.rmtree(aside, ignore_errors=True)
@@ -627,38 +644,57 @@ class Trainer:
             os.replace(aside, place)
         self.ranks.wait()
 
-    def open_out_dir(self):
-        """Check out_dir against these settings; returns the step to go on from, or None when the run is finished."""
-        s, place = self.settings, self.out / "config.json"
-        record = {"settings": dataclasses.asdict(s), "versions": versions(), "commit": commit(), "ranks": self.ranks.size,
-                  "steps": self.steps}
-        step, checkpoints = 0, self.checkpoints()
-        finished = (self.out / "final").exists()
-        if place.exists() and s.resume != "never":
-            before = cli.read_json(place).get("settings", {})
-            after = json.loads(json.dumps(record["settings"]))
+    def claim_out_dir(self):
+        """Make out_dir, and refuse one that is not a run's: it will be written to and partly cleared. Returns the settings
+        of the run it holds, or None."""
+        for folder in (self.settings.model, self.settings.reference, self.settings.judge):
+            for ours in (self.out, self.out / "final", self.out / "checkpoint"):
+                if folder and Path(folder).resolve() == ours.resolve():
+                    raise InputError(f"--out_dir={self.out} would overwrite {folder}, which this run reads; name another.")
+        if any(place.exists() and not place.is_dir() for place in (self.out, *self.out.parents)):
+            raise InputError(f"--out_dir={self.out} cannot be written: a file stands in the way.")
+        before = cli.read_json(self.out / "config.json", absent={})
+        if "settings" not in before and any((self.out / name).exists() for name in ("config.json", "final", "checkpoint")):
+            raise InputError(f"--out_dir={self.out} holds files of another kind; name an empty or a new folder.")
+        return before.get("settings")
+
+    def resolved(self):
+        """The settings with every default filled in, as config.json records them."""
+        s, d = self.settings, self.data
+        return dataclasses.asdict(s) | dict(
+            steps=self.steps, warmup_steps=self.warmup, dtype=str(self.dtype).removeprefix("torch."), chat=d.limits["chat"],
+            max_length=d.max_length, max_prompt_length=d.max_prompt_length, max_tokens=d.max_tokens,
+            reference=s.reference or s.model, judge=s.judge or s.model)
+
+    def begin(self):
+        """The step to go on from, or None when the run is finished; other settings than the run's are refused by name."""
+        s, settings = self.settings, json.loads(json.dumps(self.resolved()))
+        step, last = 0, (last_record(self.out / "metrics.jsonl") or {}).get("step")
+        if self.before is not None and s.resume != "never":
             free = {"out_dir", "resume", "keep", "save_every", "sample_every", "eval_every", "device", "micro_batch_size"}
-            changed = [f"{key} ({before.get(key)} → {value})" for key, value in after.items()
-                       if key not in free and before.get(key) != value]
+            changed = [f"{key} ({self.before.get(key)} → {value})" for key, value in settings.items()
+                       if key not in free and self.before.get(key) != value]
             if changed and s.resume != "force":
                 raise InputError(f"{self.out} holds a run with other settings: {', '.join(changed)}; use another --out_dir, "
                                  f"--resume=never to start over or --resume=force to go on all the same.")
-            if finished and not changed:
+            if (self.out / "final").exists() and last == self.steps:
                 return None
-            if checkpoints:
-                step = self.load_checkpoint(checkpoints[-1])
-                self.say(f"going on from {checkpoints[-1]}")
+            found = self.checkpoints()
+            if found:
+                step = self.load_checkpoint(found[-1])
+                self.say(f"going on from {found[-1]}")
         self.ranks.wait()
         if self.ranks.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if step == 0:
-                for name in ("checkpoint", "final"):
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                for name in ("final",) if step else ("final", "checkpoint"):
                     shutil.rmtree(self.out / name, ignore_errors=True)
-            place.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            for path in (self.out / "metrics.jsonl", *self.out.glob("rollouts*.jsonl")):
-                if path.exists():       # what was written after the checkpoint will be made again
-                    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                    path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+                record = {"settings": settings, "versions": versions(), "commit": commit(), "ranks": self.ranks.size}
+                (self.out / "config.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                for path in (self.out / "metrics.jsonl", *self.out.glob("rollouts*.jsonl")):
+                    keep_records(path, step)
+            except OSError as error:
+                raise InputError(f"--out_dir={self.out} cannot be written: {error.strerror}.") from None
         self.ranks.wait()
         return step
 
@@ -667,11 +703,11 @@ class Trainer:
     def run(self):
         """Train to the end and write final/. Returns the last metrics."""
         s = self.settings
-        start = self.open_out_dir()
+        start = self.begin()
         if start is None:
-            last = (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-            self.say(f"{self.out} is finished: {last}")
-            return json.loads(last)
+            last = last_record(self.out / "metrics.jsonl")
+            self.say(f"{self.out} is finished: {json.dumps(last)}")
+            return last
         count = sum(weight.numel() for weight in self.policy.parameters())
         self.say(f"{s.recipe}: {count:,} parameters, {len(self.data):,} rows, {self.steps} steps of {s.batch_size}, "
                  f"{str(self.dtype).removeprefix('torch.')} on {self.ranks.size} × {self.ranks.device}")
@@ -705,7 +741,7 @@ class Log:
     def add(self, name, values, weight=None):
         """Per-example values of any shape; their mean is over `weight`, by default their number."""
         weight = values.numel() if weight is None else weight
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.detach().double().sum())
+        self.sums[name] = self.sums.get(name, 0.0) + float(values.detach().cpu().double().sum())
         self.counts[name] = self.counts.get(name, 0) + weight
 
     def value(self, name, number):
@@ -718,16 +754,39 @@ class Log:
 
     def means(self):
         """{name: mean over the global batch}; also makes `totals` global. A rank without examples knows no names, so they
-        come from the fixed list below."""
-        names = [name for name in METRICS]
-        flat = self.ranks.sum([self.sums.get(n, 0.0) for n in names] + [float(self.counts.get(n, 0)) for n in names] +
-                              [float(self.totals.get("tokens", 0))])
+        come from METRICS."""
+        flat = self.ranks.sum([self.sums.get(name, 0.0) for name in METRICS] + [self.counts.get(name, 0) for name in METRICS] +
+                              [self.totals.get("tokens", 0)])
         self.totals["tokens"] = flat[-1]
-        return {n: total / count for n, total, count in zip(names, flat, flat[len(names):]) if count}
+        return {name: total / count for name, total, count in zip(METRICS, flat, flat[len(METRICS):]) if count}
 
 
 METRICS = ("loss margin refined_margin accuracy augmented_accuracy kl p p_hat chosen_logp rejected_logp response_length "
            "finished judge_cut sample_seconds judge_seconds update_seconds").split()
+
+
+def records(path):
+    """[(line, its object)] of a jsonl file, up to the first line that a crash left torn."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []:
+        try:
+            found.append((line, json.loads(line)))
+        except ValueError:
+            break
+    return found
+
+
+def last_record(path):
+    found = records(path)
+    return found[-1][1] if found else None
+
+
+def keep_records(path, step):
+    """Drop what was written after `step`: it will be made again."""
+    if path.exists():
+        aside = path.with_name(f".writing-{path.name}")
+        aside.write_text("".join(line for line, record in records(path) if record["step"] <= step), encoding="utf-8")
+        os.replace(aside, path)
 
 
 def rounded(value):
@@ -755,7 +814,10 @@ def commit():
 
 
 def main(settings):
-    if settings.model is None:
+    for name in ("model", "reference", "judge", "out_dir"):
+        if getattr(settings, name) == "":
+            raise InputError(f"--{name}= is empty.")
+    if settings.model is None:         # an empty one is a mistake (an unset shell variable), not a wish for toys
         import toy
         return toy.main(settings)
     return Trainer(settings).run()

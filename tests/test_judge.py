@@ -183,6 +183,19 @@ def test_cutting_always_ends(name, tokenizers):
     assert refused > 20 and cut > 20 and time.monotonic() - start < 20
 
 
+@every_tokenizer
+def test_no_half_characters(name, tokenizers):
+    """A cut through the four tokens of an emoji drops what is left of it, at the front of a context and at the end of a response."""
+    tokenizer = tokenizers[name]
+    whole = whole_length(tokenizer, "😀" * 10, "🐢" * 10, "🌍" * 10)
+    for room in range(whole - 30, whole):
+        context, a, b = parts(tokenizer, judge.Questioner(tokenizer, "helpful", room).both_orders("😀" * 10, "🐢" * 10, "🌍" * 10)[0])
+        assert set(context) == {"😀"} and (a, b) == (" " + "🐢" * 10, " " + "🌍" * 10) and len(context) < 10
+    for room in range(whole - 80, whole - 60):
+        _, a, b = parts(tokenizer, judge.Questioner(tokenizer, "helpful", room).both_orders("😀" * 10, "🐢" * 10, "🌍" * 10)[0])
+        assert set(a) == {" ", "🐢"} and set(b) == {" ", "🌍"} and len(a) == len(b) < 11
+
+
 class Merging:
     """Letters are tokens, and so is "A: z": a response that begins with z takes fewer tokens at A than at B."""
     words = ["A: z", *map(chr, range(32, 127)), "\n"]
@@ -248,7 +261,7 @@ def test_both_orders(dtype, tokenizers, judges):
     net = tiny.net("neox", seed=3, vocab_size=640, dtype=dtype)
     questioner = judge.Questioner(tokenizers["neox-420"], "helpful", 512)
     p = judge.compare(net, questioner, TEXTS + [(context, second, first) for context, first, second in TEXTS]).p
-    assert p[2] == p[4] == 0.5
+    assert p.dtype == torch.float64 and p[2] == p[4] == 0.5
     assert (p[:5] + p[5:] == 1).all() and (p[:2] != 0.5).all()
 
 
@@ -431,26 +444,25 @@ WIN, LOSE, FLIP, HALF = (0.9, 0.2), (0.3, 0.6), (0.8, 0.7), (0.5, 0.5)
 
 
 def test_win_rate_by_hand():
-    """Four prompts with two pairs each: win and lose ½, two ties ½, win and tie ¾, lose and tie ¼.
+    """Four prompts with two pairs each, of which 2 won, 2 lost and 4 tied: the win rate is (2 + 4·½)/8 = ½.
 
-    Of eight pairs 2 won, 2 lost, 4 tied: win rate (2 + 4·½)/8 = ½. The means' variance is (1/16 + 1/16)/3 = 1/24, so the
-    interval is ½ ± 1.96 √(1/24) / √4 = ½ ± 0.2000.
+    Wilson's interval over n = 4 prompts, with z² = 1.96² = 3.8416: ½ ± √(z²/4n + z⁴/4n²) / (1 + z²/n)
+    = ½ ± √(0.2401 + 0.23059) / 1.9604 = ½ ± 0.34996. Over eight pairs it would be ½ ± 0.2848.
     """
     found = judge.win_rate(verdicts(WIN, LOSE, FLIP, HALF, WIN, FLIP, LOSE, HALF), [0, 0, 1, 1, 2, 2, 3, 3])
-    half = 1.96 * math.sqrt(1 / 24) / 2
-    assert found == pytest.approx({"n": 8, "win": 0.25, "tie": 0.5, "lose": 0.25, "win_rate": 0.5, "ci_low": 0.5 - half,
-                                   "ci_high": 0.5 + half})
-    assert list(found) == ["n", "win", "tie", "lose", "win_rate", "ci_low", "ci_high"]
+    ends = {key: found.pop(key) for key in ("ci_low", "ci_high")}
+    assert found == {"n": 8, "win": 0.25, "tie": 0.5, "lose": 0.25, "win_rate": 0.5}
+    assert ends == pytest.approx({"ci_low": 0.5 - 0.34996, "ci_high": 0.5 + 0.34996}, abs=1e-5)
+    assert list(found) + list(ends) == COMPARE_KEYS
 
 
 def test_win_rate_at_its_ends():
-    """Sure wins have an interval of no width; the ends are cut at 0 and 1; one prompt alone says nothing about others."""
-    sure = judge.win_rate(verdicts(WIN, WIN, WIN), [0, 1, 2])
-    assert (sure["win"], sure["ci_low"], sure["ci_high"]) == (1, 1, 1)
-    wide = judge.win_rate(verdicts(WIN, LOSE), [0, 1])
-    assert (wide["win_rate"], wide["ci_low"], wide["ci_high"]) == (0.5, 0, 1)
-    one = judge.win_rate(verdicts(WIN, WIN), [0, 0])
-    assert (one["win_rate"], one["ci_low"], one["ci_high"]) == (1, 0.5, 1)
+    """Where all are won the interval is from n/(n + z²) to 1, wide for a single prompt; lost ones mirror it."""
+    for n in (1, 3, 100):
+        sure, lost = (judge.win_rate(verdicts(*[one] * n), range(n)) for one in (WIN, LOSE))
+        assert [sure[key] for key in COMPARE_KEYS[1:]] == pytest.approx([1, 0, 0, 1, n / (n + 3.8416), 1])
+        assert [lost[key] for key in COMPARE_KEYS[1:]] == pytest.approx([0, 0, 1, 0, 0, 3.8416 / (n + 3.8416)], abs=1e-12)
+    assert judge.win_rate(verdicts(WIN, WIN, WIN), [0, 0, 0])["ci_low"] == pytest.approx(1 / 4.8416)
 
 
 def test_the_same_responses_tie_however_biased_the_judge():
@@ -522,6 +534,8 @@ def test_comparing_two_response_files(model_folder, tmp_path, capsys, monkeypatc
                            [(c, a, b) for c, x, y in zip(contexts, ours, theirs) for a, b in zip(x, y)])
     expected = judge.win_rate(direct, [0, 0, 1, 1, 2, 2])
     assert found == pytest.approx(expected, abs=1e-4) and direct.p[2] == 0.5
+    few = command(capsys, monkeypatch, f"--model={model_folder}", f"--a={paths[0]}", f"--b={paths[1]}", "--limit=2")[1][-1]
+    assert json.loads(few)["n"] == 4                       # rows, as with --data, not pairs
     back = json.loads(command(capsys, monkeypatch, f"--model={model_folder}", f"--a={paths[1]}", f"--b={paths[0]}")[1][-1])
     assert (back["win"], back["tie"], back["lose"]) == (found["lose"], found["tie"], found["win"])
 

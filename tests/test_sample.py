@@ -93,6 +93,14 @@ def test_choose_stays_among_the_kept(dtype):
     assert chosen(torch.tensor([[-math.inf, 0.0, -math.inf]], dtype=dtype), [0, ALMOST_1], 1, 1.0) == [1, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_choose_at_the_ends_of_temperature(dtype):
+    """Next to 0 it is greedy, however large the logits are over it; very hot, all tokens are alike."""
+    row = torch.tensor([[-300.0, 400.0, -math.inf, 399.0]], dtype=dtype)
+    assert chosen(row, [0, 0.5, ALMOST_1], 1e-37, 1.0) == [1, 1, 1]
+    assert chosen(row, [0.3, 0.4, 0.7], 1e9, 1.0) == [1, 3, 0]
+
+
 def nucleus(logits, temperature, top_p):
     """[(token, probability)] in falling order, cut to top_p and divided by what is left: the definition, in plain Python."""
     highest = max(logits)
@@ -317,7 +325,8 @@ def command(capsys, monkeypatch, *arguments):
 def test_command_line(family, folders, tmp_path, capsys, monkeypatch):
     """Rows with the fields of contract.md; the same seed gives the same rows at any batch size, on the screen and in a file."""
     prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in tiny.pairs(5)])
-    arguments = [f"--model={folders[family]}", f"--prompts={prompts}", "--k=3", "--max_tokens=9", "--seed=4", "--temperature=1.2"]
+    arguments = [f"--model={folders[family]}", f"--prompts={prompts}", "--k=3", "--max_tokens=9", "--dtype=float64",
+                 "--temperature=1.2", "--seed=4"]
     code, out, err = command(capsys, monkeypatch, *arguments)
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [row["prompt"] for row in rows] == [row["prompt"] for row in tiny.pairs(5)]
@@ -333,9 +342,10 @@ def test_command_line(family, folders, tmp_path, capsys, monkeypatch):
             assert response["text"] == tokenizer.decode(shown, continues=True)
     for batch_size in (1, 2):
         assert command(capsys, monkeypatch, *arguments, f"--batch_size={batch_size}")[1] == out
-    assert command(capsys, monkeypatch, *arguments[:4], "--seed=5")[1] != out
+    assert command(capsys, monkeypatch, *arguments[:-1], "--seed=5")[1] != out
     code, said, _ = command(capsys, monkeypatch, *arguments, f"--out={tmp_path / 'out.jsonl'}")
-    assert code == 0 and (tmp_path / "out.jsonl").read_text(encoding="utf-8") == out and len(said.splitlines()) == 1
+    assert code == 0 and (tmp_path / "out.jsonl").read_text(encoding="utf-8") == out
+    assert said.splitlines()[-1].startswith("5 prompts × 3 responses written to")
 
 
 def test_one_prompt(folders, capsys, monkeypatch):
@@ -349,6 +359,13 @@ def test_one_prompt(folders, capsys, monkeypatch):
     for row, text in ((plain, "The old river"), (turn, "\n\nHuman: The old river\n\nAssistant:")):
         ids = [tokenizer.bos_id] + tokenizer.encode(text)
         assert row["responses"][0]["ids"] == plain_loop(net, ids, torch.zeros(5), stops, torch.as_tensor(allowed), 0)[0]
+
+
+@pytest.mark.parametrize("text", ["", "none", "None", "--k=3", "a=b\nc"])
+def test_any_text_is_a_prompt(text, folders, capsys, monkeypatch):
+    for family in folders:                                 # without a BOS an empty prompt starts from <|endoftext|>
+        code, out, _ = command(capsys, monkeypatch, f"--model={folders[family]}", f"--prompt={text}", "--max_tokens=2")
+        assert code == 0 and json.loads(out)["prompt"] == text
 
 
 def test_a_real_process(folders, tmp_path):

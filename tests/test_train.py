@@ -146,6 +146,25 @@ def test_rollouts_can_be_read_as_data(world, tmp_path):
     assert all(0 < row.p < 1 for row in rows)
 
 
+def test_a_replayed_rollout_names_its_winner_and_keeps_its_ends(world, tmp_path):
+    """dpo on rows with p: p < ½ swaps the pair, p = ½ drops it; a response that was cut gets no EOS."""
+    row = {"prompt": "What?", "chosen": " river", "rejected": " cloud"}
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", [row | {"p": 0.9}, row | {"p": 0.2}, row | {"p": 0.5},
+                                                      row | {"p": 0.7, "finished": [False, True]}])
+    trainer = train.Trainer(train.Settings(**settings(world, tmp_path / "out", recipe="dpo", data=[file])))
+    kept, swapped, cut = trainer.data.rows
+    assert (kept.chosen, kept.rejected) == (swapped.rejected, swapped.chosen)
+    eos = trainer.tokenizer.eos_id
+    assert kept.chosen == cut.chosen + [eos] and kept.rejected == cut.rejected and eos not in cut.chosen
+
+
+def test_prompt_and_answer_fit_into_max_length(world, tmp_path):
+    """BOS included: the longest prompt with max_tokens behind it has exactly max_length tokens."""
+    prompt = tiny.write_jsonl(tmp_path / "long.jsonl", [{"prompt": "The small river sings. " * 50}])
+    trainer = train.Trainer(train.Settings(**settings(world, tmp_path / "out", recipe="osp", data=[prompt], max_length=40)))
+    assert len(trainer.data.rows[0].x) + trainer.data.max_tokens == 40
+
+
 def test_held_out_rows_are_evaluated(world, tmp_path):
     """eval_ figures on the training rows themselves at step 1 are the training figures of an unchanged policy."""
     rows = run(world, tmp_path, recipe="sr-dpo", eval_data=[str(world / "pairs.jsonl")], eval_every=2, lr=1e-12, batch_size=13)
@@ -258,6 +277,45 @@ def test_other_settings_in_a_used_out_dir_are_named(world, tmp_path):
     assert len(run(world, tmp_path, recipe="dpo", beta=0.3, resume="never")) == 3
 
 
+def test_what_a_crash_leaves_behind(world, tmp_path, monkeypatch):
+    """A torn last line does not stop a resume, and a run that was forced on is finished only when it is."""
+    whole = run(world, tmp_path / "whole", recipe="dpo", steps=4)
+    out = tmp_path / "out"
+    run(world, out, recipe="dpo", steps=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Trainer, "save_checkpoint", lambda trainer, step: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(world, out, recipe="dpo", steps=4, resume="force")
+    assert not (out / "final").exists()
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    assert figures(run(world, out, recipe="dpo", steps=4)) == figures(whole)
+    assert_same_weights(out, tmp_path / "whole", 0)
+
+
+def test_out_dir_is_not_somebody_elses(world, tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final/precious.txt").write_text("mine")
+    with pytest.raises(InputError, match="files of another kind"):
+        run(world, tmp_path, recipe="dpo")
+    with pytest.raises(InputError, match="would overwrite"):
+        run(world, world / "model", recipe="dpo")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written: a file"):
+        run(world, tmp_path / "file" / "out", recipe="dpo")
+    assert (tmp_path / "final/precious.txt").read_text() == "mine"
+
+
+def test_a_run_that_diverges_stops_with_a_sentence(world, tmp_path):
+    with pytest.raises(InputError, match="step 2: .*not finite"):
+        run(world, tmp_path, recipe="dpo", lr=1e30, dtype="float32", grad_clip=0.0)
+
+
+def test_all_models_of_a_run_share_a_tokenizer(world, tmp_path):
+    other = tiny.folder(tmp_path / "other", "neox")
+    with pytest.raises(InputError, match="different tokenizers"):
+        run(world, tmp_path / "out", recipe="osp", judge=str(other))
+
+
 def test_a_damaged_checkpoint_is_named(world, tmp_path):
     run(world, tmp_path, recipe="dpo", save_every=1)
     (tmp_path / "final").rename(tmp_path / "gone")
@@ -304,7 +362,7 @@ def test_senseless_recipes_name_the_axis(axes, word):
     ("--model={model} --recipe=dpo", ["--data"]), ("--model={model} --recipe=dpo --data={pairs} --max_length=4000", ["--max_length=4000", "512"]),
     ("--model={model} --recipe=dpo --data={pairs} --chat=alpaca", ["--chat=alpaca"]),
     ("--model={model} --data={pairs} --max_length=20 --max_tokens=20", ["--max_tokens=20"]),
-    ("--model={model} --recipe=dpo --data={pairs} --device=tpu", ["--device=tpu"]),
+    ("--model={model} --recipe=dpo --data={pairs} --device=tpu", ["--device=tpu"]), ("--model=", ["--model"]),
 ])
 def test_bad_settings_get_one_sentence(arguments, words, world, tmp_path, monkeypatch, capsys):
     """One line on stderr that names what is wrong, exit status 1, nothing written."""
