@@ -119,12 +119,12 @@ def marks(prompt, response):
     return found
 
 
-def write_response(prompt, rng):
+def write_response(prompt, rng, skill=(0.4, 0.4)):
     """A response as people write them, good or bad: a hidden skill decides how often each word fits, and how many come.
 
     The skilled write more, so in the data longer responses are better ones.
     """
-    skill = rng.beta(0.4, 0.4)
+    skill = rng.beta(*skill)
 
     def fits():
         return rng.random() < 0.1 + 0.85 * skill
@@ -137,7 +137,7 @@ def write_response(prompt, rng):
         words.append(prompt.wish if fits() else rng.choice(WISHES))
     topics = FRAMES[prompt.domain][1]
     own, astray = list(rng.permutation(prompt.nouns)), list(rng.permutation(other_row(topics, prompt.topic)))
-    for _ in range(rng.integers(1, 4) + rng.binomial(2, 0.2 + 0.3 * skill)):
+    for _ in range(rng.integers(1, 4) + rng.binomial(2, 0.2 + 0.3 * skill) + (rng.random() < 0.15)):
         words.append((own if fits() else astray).pop())
     if rng.random() < 0.25 * (1 - skill):
         words.append(rng.choice(words))
@@ -150,6 +150,9 @@ def write_response(prompt, rng):
     return " ".join(str(w) for w in words)
 
 
+CROWD = (0.4, 1.2)                 # the skill of those who wrote the SFT data: most are not good at it
+
+
 def rate(rewards):
     """Ratings out of 100 of many responses: 1, 25, 50, 75 or 100, for the fifth of them that each one falls into."""
     order = np.argsort(np.argsort(rewards, kind="stable"), kind="stable")
@@ -157,6 +160,7 @@ def rate(rewards):
 
 
 def marked(prompt, response):
+    """The response with a + or - behind each word."""
     return " ".join(f"{word} {'+' if mark > 0 else '-'}" for word, mark in zip(response.split(), marks(prompt, response)))
 
 
@@ -165,6 +169,8 @@ ROWS = dict(texts=16000, sft=6000, pairs=8000, blanks=2000, held_out=512, advice
 SHARPNESS = 5.0                    # of the labellers: P(y ≻ y′) = σ(5 (r − r′)), so about every sixth label is wrong
 
 
+# Plain, rated, and two responses marked word by word, as a teacher would: a third of the texts each. The marks are what a
+# small model learns "fits the prompt" from; without them the judge stays near chance for long.
 RATED = ("{x} {y}", "{p} {x} {y}", "{x}\n\n1: {marked}\n\n2: {other}")
 
 
@@ -176,11 +182,11 @@ def split(seed):
     return [lines[i] for i in order[ROWS["held_out"]:]], held_out, [p for p in PROMPTS.values() if p.domain == "advice"]
 
 
-def draw(prompts, number, rng):
+def draw(prompts, number, rng, skill=(0.4, 0.4)):
     """(prompt text, response, reward) of `number` responses to random prompts."""
     found = []
     for i in rng.integers(len(prompts), size=number):
-        response = write_response(prompts[i], rng)
+        response = write_response(prompts[i], rng, skill)
         found.append((prompts[i].text, response, reward(prompts[i].text, response)))
     return found
 
@@ -213,17 +219,21 @@ def world(seed):
     # What the base model reads, of both domains: what belongs together, and responses, some of them rated, as the web
     # holds reviews: without them p means nothing to it.
     texts = draw(train, ROWS["texts"] * 3 // 4, rng[0]) + draw(advice, ROWS["texts"] // 4, rng[1])
-    rated = [{"text": RATED[i % 3].format(p=data.REFINEMENT_PROMPT.replace("100", str(n), 1), x=x, y=y, marked=marked(x, y), other=marked(x, write_response(PROMPTS[x], rng[8])))}
-             for i, ((x, y, _), n) in enumerate(zip(texts, rate([r for _, _, r in texts])))]
+    ratings = rate([r for _, _, r in texts])
+    rated = []
+    for i, ((x, y, _), n) in enumerate(zip(texts, ratings)):
+        p, other = data.REFINEMENT_PROMPT.replace("100", str(n), 1), write_response(PROMPTS[x], rng[8])
+        rated.append({"text": RATED[i % 3].format(p=p, x=x, y=y, marked=marked(x, y), other=marked(x, other))})
     kinds = [*TOPICS.items(), *CRAFTS.items(), ("polite", POLITE), ("rude", RUDE)]
-    rated += [{"text": f"{kinds[i][0]}: {' '.join(rng[8].permutation(kinds[i][1]))}"} for i in rng[8].integers(len(kinds), size=ROWS["texts"] // 4)]
+    for i in rng[8].integers(len(kinds), size=ROWS["texts"] // 4):
+        rated.append({"text": f"{kinds[i][0]}: {' '.join(rng[8].permutation(kinds[i][1]))}"})
     return {
         "texts": rated,
-        "sft": [{"prompt": x, "response": " " + y} for x, y, _ in draw(train, ROWS["sft"], rng[2])],
+        "sft": [{"prompt": x, "response": " " + y} for x, y, _ in draw(train, ROWS["sft"], rng[2], CROWD)],
         "pairs": label_pairs(train, ROWS["pairs"], rng[3]),
         "blanks": label_blanks(train, ROWS["blanks"], rng[4]),
         "prompts": [{"prompt": prompt.text} for prompt in train],
-        "eval_sft": [{"prompt": x, "response": " " + y} for x, y, _ in draw(held_out, ROWS["eval"], rng[5])],
+        "eval_sft": [{"prompt": x, "response": " " + y} for x, y, _ in draw(held_out, ROWS["eval"], rng[5], CROWD)],
         "eval_pairs": label_pairs(held_out, ROWS["eval"], rng[6]),
         "eval_prompts": [{"prompt": prompt.text} for prompt in held_out],
         "eval_advice": [{"prompt": advice[i].text} for i in rng[7].permutation(len(advice))[:ROWS["advice"]]],
@@ -239,7 +249,7 @@ VOCABULARY = 1536                  # enough for each word of the world to be one
 def corpus():
     """What the tokenizers learn from: the world's words, its prompts, and the instructions the model will read."""
     words = [w for table in (TOPICS, CRAFTS) for row in table.values() for w in row] + POLITE + RUDE
-    texts = [" ".join(words)] * 8 + list(PROMPTS)[::8]
+    texts = ["words: " + " ".join(words)] * 8 + list(PROMPTS)[::8]
     texts += [data.REFINEMENT_PROMPT, " + - + -\n\n1: -\n\n2: +"] * 8 + [f"rating of {n}" for n in range(10, 101, 10)] * 8
     return texts + list(judge.TEMPLATES.values()) * 8
 
@@ -340,7 +350,7 @@ def write_world(folder, family, seed):
 
 # What each stage adds to train.py's defaults.
 STAGES = {
-    "base":  dict(steps=500, batch_size=64, lr=2e-3, lr_schedule="cosine", warmup_steps=20),
+    "base":  dict(steps=400, batch_size=64, lr=2e-3, lr_schedule="cosine", warmup_steps=20),
     "sft":   dict(steps=60, batch_size=64, lr=3e-4, lr_schedule="cosine", eval_every=20),
     "judge": dict(steps=500, batch_size=32, lr=5e-4, lr_schedule="cosine", eval_every=100),
     "osp":   dict(steps=80, batch_size=16, lr=3e-4, beta=0.1, max_tokens=16, sample_every=40),
@@ -363,13 +373,17 @@ def plan(settings):
     chain = {"base": dict(recipe="sft", model=str(world / "model"), data=files("texts")),
              "sft": dict(recipe="sft", model=final["base"], data=files("sft"), eval_data=files("eval_sft"))}
     if settings.recipe == "judge" or recipe.responses == "policy":
-        chain["judge"] = dict(recipe="judge", model=final["sft"], data=files("pairs", "blanks") + [f"{world / 'sft.jsonl'}:0.2"], eval_data=files("eval_pairs"))
+        # A fifth of the SFT rows among the instructions, so that the model does not unlearn to answer.
+        chain["judge"] = dict(recipe="judge", model=final["sft"], eval_data=files("eval_pairs"),
+                              data=files("pairs", "blanks") + [f"{world / 'sft.jsonl'}:0.2"])
     if recipe.responses == "policy":
         chain[settings.recipe] = dict(recipe=settings.recipe, model=final["judge"], prompts=files("prompts"))
     elif recipe.pairs == "dataset":
-        chain[settings.recipe] = dict(recipe=settings.recipe, model=final["sft"], data=files("pairs"), eval_data=files("eval_pairs"))
+        chain[settings.recipe] = dict(recipe=settings.recipe, model=final["sft"], data=files("pairs"),
+                                      eval_data=files("eval_pairs"))
     for name, stage in chain.items():
-        whole = {key: settings.given[key] for key in ("seed", "device", "dtype", "resume", "toy_family") if key in settings.given}
+        whole = {key: settings.given[key] for key in ("seed", "device", "dtype", "resume", "toy_family")
+                 if key in settings.given}
         own = settings.given if name == list(chain)[-1] else whole
         preset = STAGES.get(name, STAGES["osp" if recipe.responses == "policy" else "dpo"])
         # All pairs of a step at once: these models are so small that calls cost more than numbers.
@@ -378,7 +392,8 @@ def plan(settings):
 
 
 def command_line(stage):
-    return "train.py " + " ".join(f"--{key}={','.join(value) if isinstance(value, list) else value}" for key, value in stage.items())
+    return "train.py " + " ".join(f"--{key}={','.join(value) if isinstance(value, list) else value}"
+                                  for key, value in stage.items())
 
 
 def sample_all(net, tokenizer, prompts, settings, stream, k=2):
@@ -391,47 +406,26 @@ def sample_all(net, tokenizer, prompts, settings, stream, k=2):
     for start in range(0, len(prompts), 64):
         batch = range(start, min(start + 64, len(prompts)))
         ids = [tokenizer.prefix(False) + tokenizer.encode(prompts[i]) for i in batch]
-        uniform = torch.stack([sample.uniforms(settings.seed, 10 ** 6 + stream, i, k, settings.max_tokens or 16) for i in batch])
+        uniform = torch.stack([sample.uniforms(settings.seed, 10 ** 6 + stream, i, k, settings.max_tokens or 16)
+                               for i in batch])
         found += sample.generate(net, ids, uniform, stop_ids, allowed, settings.temperature, settings.top_p)
     return found
 
 
 @torch.no_grad()
-def sequence_logprobs(net, tokenizer, prompts, samples):
-    """Σ log π of each prompt's samples at temperature 1: a list of (K,) tensors."""
-    values = []
+def divergence(policy, reference, tokenizer, prompts, samples):
+    """KL(policy ‖ reference) in nats a response, estimated on the policy's samples at temperature 1 scores."""
+    total = []
     for prompt, group in zip(prompts, samples):
         x = tokenizer.prefix(False) + tokenizer.encode(prompt)
-        values.append(losses.logprobs(net, data.pack([x + one.ids for one in group]), [len(x)] * len(group)))
-    return values
-
-
-def measure(folders, settings, prompts):
-    """What the models of {name: folder} write to held-out prompts, measured by the true reward: {name: figures}."""
-    figures, scores, reference = {}, {}, None
-    for stream, (name, folder) in enumerate(folders.items()):
-        net, tokenizer = sample.load_model(folder, "float32", "cpu")
-        samples = sample_all(net, tokenizer, prompts, settings, stream)
-        texts = [[sample.response_text(tokenizer, one) for one in group] for group in samples]
-        scores[name] = np.array([[reward(x, y) for y in group] for x, group in zip(prompts, texts)])
-        figures[name] = {"reward": scores[name].mean(), "length": np.mean([len(one.ids) for group in samples for one in group]),
-                         "finished": np.mean([one.finished for group in samples for one in group]),
-                         "distinct": len({y for group in texts for y in group}) / scores[name].size}
-        print(name, [(x, y[0], round(r[0],2)) for x, y, r in zip(prompts, texts, scores[name])][:6])
-        if name in ("judge", "after"):
-            if reference is None: reference = net
-            policy = [torch.tensor([one.logprob for one in group]) for group in samples]
-            figures[name]["kl"] = float((torch.cat(policy) - torch.cat(sequence_logprobs(reference, tokenizer, prompts, samples))).mean())
-    for name in folders:
-        for other in folders:
-            if other != name:
-                wins = (scores[name] > scores[other]) + 0.5 * (scores[name] == scores[other])
-                means = wins.mean(1)
-                figures[name]["wins against " + other] = (means.mean(), 1.96 * means.std(ddof=1) / math.sqrt(len(means)))
-    return figures
+        forest, starts = data.pack([x + one.ids for one in group]), [len(x)] * len(group)
+        total.append(losses.logprobs(policy, forest, starts) - losses.logprobs(reference, forest, starts))
+    return float(torch.cat(total).mean())
 
 
 def judge_report(folder, world):
+    """The judge on held-out pairs with fresh Bradley–Terry labels: judge.report's figures, and `true_order`, how often it
+    picks the response whose true reward is higher."""
     net, tokenizer = sample.load_model(folder, "float32", "cpu")
     rows, _ = data.read_rows(world / "eval_pairs.jsonl", "pairs")
     questioner = judge.Questioner(tokenizer, "helpful", net.config.context)
@@ -442,22 +436,59 @@ def judge_report(folder, world):
     return judge.report(verdicts, lengths) | {"true_order": float((said == true)[true != 0].mean())}
 
 
+def results(out, stages, settings):
+    """The table of the stages' models on held-out prompts, as text."""
+    rows, _ = data.read_rows(out / "world" / "eval_prompts.jsonl", "prompts")
+    prompts = [row.prompt for row in rows]
+    names = [name for name in stages if name != "base"]
+    nets, scores, lines = {}, {}, []
+    for stream, name in enumerate(names):
+        nets[name], tokenizer = sample.load_model(out / name / "final", "float32", "cpu")
+        samples = sample_all(nets[name], tokenizer, prompts, settings, stream)
+        scores[name] = np.array([[reward(x, sample.response_text(tokenizer, one)) for one in group]
+                                 for x, group in zip(prompts, samples)])
+        before = names[max(stream - 1, 0)]              # the model this stage started from
+
+        def wins(other):
+            won = ((scores[name] > scores[other]) + 0.5 * (scores[name] == scores[other])).mean(1)
+            return f"{100 * won.mean():5.1f} ± {196 * won.std(ddof=1) / math.sqrt(len(won)):.1f}"
+
+        kl = divergence(nets[name], nets[before], tokenizer, prompts, samples)
+        length = np.mean([len(one.ids) for group in samples for one in group])
+        lines.append(f"{name:<8} {scores[name].mean():8.3f}   {wins(before):>15}   {wins('sft'):>15}   {kl:10.2f}   {length:6.1f}")
+    data_mean = np.mean([reward(row.prompt, row.chosen) for row in data.read_rows(out / "world" / "sft.jsonl", "responses")[0]])
+    text = [f"{len(prompts)} held-out prompts, 2 samples each at temperature {settings.temperature}, top_p {settings.top_p}; "
+            f"seed {settings.seed}, {settings.toy_family}",
+            f"true reward: floor -1, ceiling 1, the SFT data {data_mean:.3f}; win rates by the true reward, ties half, ± 95 %",
+            "", "model    reward    wins % over start   wins % over SFT   KL to start   tokens", *lines]
+    if "judge" in names:
+        told = {name: judge_report(out / name / "final", out / "world") for name in ("sft", "judge")}
+        text += ["", f"judge accuracy on 512 held-out noisy pairs: {100 * told['sft']['accuracy']:.1f} % before augmentation, "
+                 f"{100 * told['judge']['accuracy']:.1f} % after ({100 * told['judge']['true_order']:.1f} % by the true reward); "
+                 f"the longer one wins {100 * told['judge']['longer_wins']:.0f} %, slot A {100 * told['judge']['first_slot_rate']:.0f} %"]
+    curve = [record["eval_loss"] for _, record in train.records(out / "sft" / "metrics.jsonl") if "eval_loss" in record]
+    if curve:
+        text.append("SFT's held-out loss, nats a token: " + " → ".join(f"{value:.3f}" for value in curve))
+    return "\n".join(text)
+
+
 def main(settings):
-    started = time.time()
-    out = Path(settings.out_dir)
-    write_world(out / "world", settings.toy_family, settings.seed)
+    """The whole path, from texts to the table; `settings` are train.Settings without a model."""
+    started, out = time.time(), Path(settings.out_dir)
+    ranks = train.Ranks.start(settings.device)
     stages = plan(settings)
-    for name, stage in stages.items():
-        print(command_line(stage), flush=True)
+    if ranks.rank == 0 and not (out / "world" / "model" / "model.safetensors").exists():
+        write_world(out / "world", settings.toy_family, settings.seed)
+    ranks.wait()
+    for stage in stages.values():
+        if ranks.rank == 0:
+            print("\n" + command_line(stage), flush=True)
         trainer = train.Trainer(train.Settings(**stage))
         trainer.run()
-        print(f"{name}: {time.time() - started:.0f}")
-    rows, _ = data.read_rows(out / "world" / "eval_prompts.jsonl", "prompts")
-    folders = {"sft": out / "sft/final", "judge": out / "judge/final", "after": out / list(stages)[-1] / "final"}
-    folders = {k: v for k, v in folders.items() if v.exists()}
-    for name, row in measure(folders, trainer.settings, [row.prompt for row in rows]).items():
-        print(name, row)
-    if "judge" in stages: 
-        print(judge_report(folders["judge"], out / "world"))
-        print('unaligned', judge_report(folders["sft"], out / "world"))
-    print(f"{time.time() - started:.0f}")
+    if ranks.rank == 0:
+        place = out / f"result-{settings.recipe}.txt"
+        final = out / list(stages)[-1] / "final" / "model.safetensors"
+        if not place.exists() or place.stat().st_mtime < final.stat().st_mtime:
+            place.write_text(results(out, stages, trainer.settings) + "\n", encoding="utf-8")
+        print("\n" + place.read_text(encoding="utf-8") + f"\nall of it in {cli.duration(time.time() - started)}")
+    ranks.wait()

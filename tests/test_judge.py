@@ -4,16 +4,15 @@ import math
 import os
 import random
 import re
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-import cli
 import data
 import judge
+import sample
 import tiny
 from cli import InputError
 
@@ -57,7 +56,7 @@ PAIR = ("Human: Which river?", " The old one.", "That {one} I know. \n")
 @every_tokenizer
 def test_instructions_word_for_word(name, tokenizers):
     """As papers.md has them, in both orders; braces in a response are plain text."""
-    tokenizer, space = tokenizers[name], " " * (ANSWER_TOKENS[name] == (b"A", b"B"))     # the first of an answer's two tokens
+    tokenizer, space = tokenizers[name], " " * (ANSWER_TOKENS[name][0] == b"A")      # then the answer's first token
     at_a, at_b = judge.Questioner(tokenizer, "helpful", ROOM).both_orders(*PAIR)
     assert tokenizer.decode(at_a.ids) == HELPFUL + space
     swapped = HELPFUL.replace("A: The old one.", "A: That {one} I know.").replace("B: That {one} I know.", "B: The old one.")
@@ -117,7 +116,7 @@ def whole_length(tokenizer, *texts):
 
 @every_tokenizer
 def test_nothing_is_cut_that_fits(name, tokenizers):
-    """With exactly enough room, the answer's token included, nothing is cut; with one token less the context loses its front."""
+    """With exactly enough room, the answer's token included, nothing is cut; with one less the context loses its front."""
     tokenizer = tokenizers[name]
     texts = (CONTEXT, LONG_ONE, SHORT_ONE)
     length = max(whole_length(tokenizer, *texts), whole_length(tokenizer, texts[0], texts[2], texts[1]))
@@ -134,30 +133,30 @@ def test_order_of_cutting(name, swapped, tokenizers):
     down to the length of the shorter; then both to one cap. Both orders read the same texts, and no room is wasted."""
     tokenizer = tokenizers[name]
     first, second = (SHORT_ONE, LONG_ONE) if swapped else (LONG_ONE, SHORT_ONE)
-    first_ids, second_ids = tokenizer.encode(first), tokenizer.encode(second)
+    ids = [tokenizer.encode(text) for text in (first, second)]
+    capped = [tuple(tokenizer.decode(side[:cap]).strip() for side in ids) for cap in range(1, max(map(len, ids)) + 1)]
     kept, stages = (CONTEXT, first, second), []
     for room in range(whole_length(tokenizer, CONTEXT, first, second) + 2, whole_length(tokenizer, "", "x", "x"), -7):
         questioner = judge.Questioner(tokenizer, "helpful", room)
         at_a, at_b = questioner.both_orders(CONTEXT, first, second)
         context, a, b = parts(tokenizer, at_a)
         assert parts(tokenizer, at_b) == (context, b, a)
-        longest = max(len(at_a.ids), len(at_b.ids)) + 1
-        assert longest <= room and (not at_a.cut or longest >= room - 6)
+        tokens = max(len(at_a.ids), len(at_b.ids)) + 1
+        assert tokens <= room and (not at_a.cut or tokens >= room - 6)
         assert CONTEXT.endswith(context) and first.startswith(a.strip()) and second.startswith(b.strip())
         assert all(len(now.strip()) <= len(before.strip()) for now, before in zip((context, a, b), kept))
         kept = (context, a, b)
         whole = (a.strip() == first, b.strip() == second)
         assert not context or all(whole)                             # responses only give way when the context is gone
-        caps = [cap for cap in range(1, max(len(first_ids), len(second_ids)) + 1)
-                if all(tokenizer.decode(ids[:cap]).strip() == text.strip() for ids, text in ((first_ids, a), (second_ids, b)))]
-        assert caps                                                  # one cap explains both
+        assert (a.strip(), b.strip()) in capped                      # one cap explains both
         stages.append("context" if context else "longer" if SHORT_ONE in (a.strip(), b.strip()) else "both")
     assert stages == sorted(stages, key=["context", "longer", "both"].index) and len(set(stages)) == 3
     with pytest.raises(InputError, match=f"no room.*{whole_length(tokenizer, '', '', '') - 1} tokens"):
         judge.Questioner(tokenizer, "helpful", whole_length(tokenizer, "", "", "") - 1).both_orders(CONTEXT, first, second)
 
 
-POOLS = ["abc def ", "The river. ", "é日本語", "😀👍🏽👨‍👩‍👧", "\n\n\t ", "\u0301\u200b\ufffd", "{}[]:", "</s><|endoftext|>", "0123456789"]
+POOLS = ["abc def ", "The river. ", "é日本語", "😀👍🏽👨‍👩‍👧", "\n\n\t ", "\u0301\u200b\ufffd", "{}[]:", "</s><|endoftext|>",
+         "0123456789"]
 
 
 @every_tokenizer
@@ -185,15 +184,13 @@ def test_cutting_always_ends(name, tokenizers):
 
 @every_tokenizer
 def test_no_half_characters(name, tokenizers):
-    """A cut through the four tokens of an emoji drops what is left of it, at the front of a context and at the end of a response."""
-    tokenizer = tokenizers[name]
-    whole = whole_length(tokenizer, "😀" * 10, "🐢" * 10, "🌍" * 10)
-    for room in range(whole - 30, whole):
-        context, a, b = parts(tokenizer, judge.Questioner(tokenizer, "helpful", room).both_orders("😀" * 10, "🐢" * 10, "🌍" * 10)[0])
-        assert set(context) == {"😀"} and (a, b) == (" " + "🐢" * 10, " " + "🌍" * 10) and len(context) < 10
-    for room in range(whole - 80, whole - 60):
-        _, a, b = parts(tokenizer, judge.Questioner(tokenizer, "helpful", room).both_orders("😀" * 10, "🐢" * 10, "🌍" * 10)[0])
-        assert set(a) == {" ", "🐢"} and set(b) == {" ", "🌍"} and len(a) == len(b) < 11
+    """A cut through the four tokens of an emoji drops the rest of it, at the front of a context and at a response's end."""
+    tokenizer, texts = tokenizers[name], ("😀" * 10, "🐢" * 10, "🌍" * 10)
+    whole = whole_length(tokenizer, *texts)
+    for room in (*range(whole - 30, whole), *range(whole - 80, whole - 60)):
+        context, a, b = parts(tokenizer, judge.Questioner(tokenizer, "helpful", room).both_orders(*texts)[0])
+        assert set(a) == {" ", "🐢"} and set(b) == {" ", "🌍"} and len(a) == len(b)
+        assert set(context) == {"😀"} if room > whole - 40 else context == "" and len(a) < 11
 
 
 class Merging:
@@ -257,10 +254,13 @@ def test_strengths_are_a_softmax_over_two_logits(name, tokenizers, judges):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_orders(dtype, tokenizers, judges):
-    """Identical responses give exactly ½, and p(a ≻ b) + p(b ≻ a) is exactly 1, in float32 and bfloat16 too."""
+    """Identical responses give exactly ½, and p(a ≻ b) + p(b ≻ a) is exactly 1, in float32 and bfloat16 too; strengths are
+    finer than the network's own type, or ranks would tie."""
     net = tiny.net("neox", seed=3, vocab_size=640, dtype=dtype)
     questioner = judge.Questioner(tokenizers["neox-420"], "helpful", 512)
-    p = judge.compare(net, questioner, TEXTS + [(context, second, first) for context, first, second in TEXTS]).p
+    found = judge.compare(net, questioner, TEXTS + [(context, second, first) for context, first, second in TEXTS])
+    p, said = found.p, found.first_at_a
+    assert (said != said.to(dtype).double()).all()
     assert p.dtype == torch.float64 and p[2] == p[4] == 0.5
     assert (p[:5] + p[5:] == 1).all() and (p[:2] != 0.5).all()
 
@@ -293,7 +293,7 @@ def test_the_baseline_leaves_the_other_slot_empty(tokenizers, judges):
 def test_ranked_pairs():
     """Best with worst, second with second worst, …; the median of an odd number is left out; ties keep their order."""
     assert judge.ranked_pairs([7, 6, 5, 4, 3, 2, 1]) == [(0, 6), (1, 5), (2, 4)]
-    assert judge.ranked_pairs([0.1, 0.9, 0.5, 0.7, 0.3, 0.2, 0.8]) == [(1, 0), (6, 5), (3, 4)]       # 2, with 0.5, is the median
+    assert judge.ranked_pairs([0.1, 0.9, 0.5, 0.7, 0.3, 0.2, 0.8]) == [(1, 0), (6, 5), (3, 4)]      # 2 is the median
     assert judge.ranked_pairs([1, 4, 2, 3]) == [(1, 0), (3, 2)]
     assert judge.ranked_pairs([0.2, 0.4]) == [(1, 0)]
     assert judge.ranked_pairs([0.4]) == judge.ranked_pairs([]) == []
@@ -351,14 +351,15 @@ def test_labels_count_what_was_cut(tokenizers, monkeypatch):
     Rigged(tokenizer, monkeypatch)
     room = whole_length(tokenizer, "Human: one", "x" * 20, "")
     _, _, made, cut = judge.label(None, judge.Questioner(tokenizer, "helpful", room), ["Human: one"], [["x" * 20, "y", "z"]])
-    assert (made, cut) == (4, 1)                          # three against nothing, and the best against the worst, which is cut
+    assert (made, cut) == (4, 1)                          # three against nothing; the best against the worst is cut
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Preference augmentation
 
 def rows(n):
-    return [data.Row(f"\n\nHuman: question {i}\n\nAssistant:", f"better {i}", f"worse {i}", None, f"row {i}") for i in range(n)]
+    prompts = [f"\n\nHuman: question {i}\n\nAssistant:" for i in range(n)]
+    return [data.Row(prompt, f"better {i}", f"worse {i}", None, f"row {i}") for i, prompt in enumerate(prompts)]
 
 
 @pytest.mark.parametrize("n", [1, 10, 11])
@@ -384,12 +385,8 @@ def test_augmentation_is_a_function_of_the_seed(tokenizers):
     questioner = judge.Questioner(tokenizers["neox-420"], "helpful", ROOM)
     one, again, other = (judge.augmentation(questioner, rows(40), seed)[0] for seed in (0, 0, 1))
     assert one == again and one != other
-    at_a = [tokenizer_says_a(questioner, ids) for ids in one]
+    at_a = [questioner.tokenizer.decode(ids).endswith(" A") for ids in one]
     assert at_a != sorted(at_a) and at_a != sorted(at_a, reverse=True)              # the halves are not the file's halves
-
-
-def tokenizer_says_a(questioner, ids):
-    return questioner.tokenizer.decode(ids).endswith(" A")
 
 
 def test_augmentation_counts_what_was_cut(tokenizers):
@@ -482,33 +479,38 @@ def model_folder(tmp_path_factory):
     return str(tiny.folder(tmp_path_factory.mktemp("model"), "neox", scale=0.5))
 
 
-def command(capsys, monkeypatch, *arguments):
-    """(exit code, stdout lines, stderr lines) of python judge.py with these arguments, in this process."""
-    monkeypatch.setattr(sys, "argv", ["judge.py", *map(str, arguments)])
-    code = 0
-    try:
-        cli.run(judge.main, judge.Settings)
-    except SystemExit as leaving:
-        code = leaving.code
-    captured = capsys.readouterr()
-    return code, captured.out.splitlines(), captured.err.splitlines()
+@pytest.fixture
+def ask(model_folder, capsys, monkeypatch):
+    """ask("--data=FILE") -> (exit code, lines of stdout, lines of stderr) of judge.py with the small model, or another one."""
+    def run(*arguments):
+        model = [] if any(str(argument).startswith("--model=") for argument in arguments) else [f"--model={model_folder}"]
+        code, out, err = tiny.command(judge, capsys, monkeypatch, *model, *arguments)
+        return code, out.splitlines(), err.splitlines()
+    return run
 
 
-def test_judging_a_preference_file(model_folder, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def result(ask):
+    """The JSON object in the last line."""
+    return lambda *arguments: json.loads(ask(*arguments)[1][-1])
+
+
+def test_judging_a_preference_file(model_folder, ask, result, tmp_path):
     """The last line is one JSON object with the contract's keys, the report on a direct comparison, whatever the batch."""
     given = tiny.pairs(12)
     path = tiny.write_jsonl(tmp_path / "pairs.jsonl", given)
-    code, out, err = command(capsys, monkeypatch, f"--model={model_folder}", f"--data={path}")
+    code, out, err = ask(f"--data={path}")
     found = json.loads(out[-1])
     assert code == 0 and not err and list(found) == DATA_KEYS and found["n"] == 12 and "12 rows used" in out[0]
-    assert json.loads(command(capsys, monkeypatch, f"--model={model_folder}", f"--data={path}", "--batch_size=5")[1][-1]) == found
+    assert result(f"--data={path}", "--batch_size=5") == found
     net, tokenizer = judge.load_model(model_folder, "float32", "cpu")
+    contexts = [row["prompt"].removesuffix("\n\nAssistant:").lstrip() for row in given]
     direct = judge.compare(net, judge.Questioner(tokenizer, "helpful", 512),
-                           [(row["prompt"].removesuffix("\n\nAssistant:").lstrip(), row["chosen"], row["rejected"]) for row in given])
+                           [(context, row["chosen"], row["rejected"]) for context, row in zip(contexts, given)])
     lengths = [(len(row["chosen"]), len(row["rejected"])) for row in given]
     expected = {**judge.report(direct, lengths), "longer_wins": found["longer_wins"]}        # that one counts tokens
     assert found == pytest.approx(expected, abs=1e-3) and found["accuracy"] != 0.5
-    few = json.loads(command(capsys, monkeypatch, f"--model={model_folder}", f"--data={path}", "--limit=3", "--max_length=140")[1][-1])
+    few = result(f"--data={path}", "--limit=3", "--max_length=140")
     assert few["n"] == 3 and few["cut"] > 0
 
 
@@ -516,14 +518,16 @@ def responses(*texts):
     return {"responses": [{"text": text} for text in texts]}
 
 
-def test_comparing_two_response_files(model_folder, tmp_path, capsys, monkeypatch):
+def test_comparing_two_response_files(model_folder, ask, result, tmp_path):
     """Every response of --a meets the one at its place in --b, judged as in a direct call; prompts may be messages."""
     prompts = ["\n\nHuman: Which river?\n\nAssistant:", [{"role": "user", "content": "Which tree?"}], "Plain"]
     ours = [(" The old one.", "The bright tree."), ("The slow train sings.", "The cloud"), ("a", "b")]
     theirs = [("That one I know.", "A small bird."), ("The slow train sings.", "The winter turns."), ("c d", "The")]
-    paths = [tiny.write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": p, **responses(*texts)} for p, texts in zip(prompts, side)])
-             for name, side in (("ours", ours), ("theirs", theirs))]
-    code, out, err = command(capsys, monkeypatch, f"--model={model_folder}", f"--a={paths[0]}", f"--b={paths[1]}")
+    paths = []
+    for name, side in (("ours", ours), ("theirs", theirs)):
+        rows = [{"prompt": prompt, **responses(*texts)} for prompt, texts in zip(prompts, side)]
+        paths.append(tiny.write_jsonl(tmp_path / f"{name}.jsonl", rows))
+    code, out, err = ask(f"--a={paths[0]}", f"--b={paths[1]}")
     found = json.loads(out[-1])
     assert code == 0 and not err and list(found) == COMPARE_KEYS and found["n"] == 6
     _, groups = judge.paired_responses(judge.Settings(model=model_folder, a=paths[0], b=paths[1]))
@@ -534,40 +538,40 @@ def test_comparing_two_response_files(model_folder, tmp_path, capsys, monkeypatc
                            [(c, a, b) for c, x, y in zip(contexts, ours, theirs) for a, b in zip(x, y)])
     expected = judge.win_rate(direct, [0, 0, 1, 1, 2, 2])
     assert found == pytest.approx(expected, abs=1e-4) and direct.p[2] == 0.5
-    few = command(capsys, monkeypatch, f"--model={model_folder}", f"--a={paths[0]}", f"--b={paths[1]}", "--limit=2")[1][-1]
-    assert json.loads(few)["n"] == 4                       # rows, as with --data, not pairs
-    back = json.loads(command(capsys, monkeypatch, f"--model={model_folder}", f"--a={paths[1]}", f"--b={paths[0]}")[1][-1])
+    few = result(f"--a={paths[0]}", f"--b={paths[1]}", "--limit=2")
+    assert few["n"] == 4                       # rows, as with --data, not pairs
+    back = result(f"--a={paths[1]}", f"--b={paths[0]}")
     assert (back["win"], back["tie"], back["lose"]) == (found["lose"], found["tie"], found["win"])
 
 
-def test_simple_response_rows(model_folder, tmp_path, capsys, monkeypatch):
+def test_simple_response_rows(result, tmp_path):
     """{"prompt", "response"} and a list of texts do as well; a file against itself is all ties."""
     path = tiny.write_jsonl(tmp_path / "a.jsonl", [{"prompt": "x", "response": "y"}, {"prompt": "z", "responses": ["u", "v"]}])
-    found = json.loads(command(capsys, monkeypatch, f"--model={model_folder}", f"--a={path}", f"--b={path}")[1][-1])
+    found = result(f"--a={path}", f"--b={path}")
     assert (found["n"], found["tie"], found["win_rate"]) == (3, 1, 0.5)
 
 
-def test_samples_can_be_judged_as_they_were_written(model_folder, tmp_path, capsys, monkeypatch):
+def test_samples_can_be_judged_as_they_were_written(model_folder, ask, tmp_path):
     """sample.py --out of two seeds, with messages as prompts, goes straight into judge.py --a --b."""
-    import sample
     prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in tiny.pairs(3)]
                                + [{"prompt": [{"role": "user", "content": "Hello"}]}])
     for seed in (0, 1):
         sample.main(sample.Settings(model=model_folder, prompts=prompts, k=2, max_tokens=5, seed=seed,
                                     out=str(tmp_path / f"{seed}.jsonl")))
-    code, out, _ = command(capsys, monkeypatch, f"--model={model_folder}", f"--a={tmp_path}/0.jsonl", f"--b={tmp_path}/1.jsonl")
+    code, out, _ = ask(f"--a={tmp_path}/0.jsonl", f"--b={tmp_path}/1.jsonl")
     assert code == 0 and json.loads(out[-1])["n"] == 8
 
 
 GOOD = [{"prompt": "x", **responses("y")}, {"prompt": "z", **responses("u")}]
 BAD_FILES = {    # rows of --a against GOOD (None: no such file; bytes: as they are), words of the message
     "fewer rows": (GOOD[:1], ["1 rows", "has 2"]),
-    "another prompt": ([GOOD[0], {"prompt": "q", **responses("u")}], ["a.jsonl, line 2", "b.jsonl, line 2", "different prompts"]),
+    "another prompt": ([GOOD[0], {"prompt": "q", **responses("u")}], ["a.jsonl, line 2", "b.jsonl, line 2", "different"]),
     "more responses": ([GOOD[0], {"prompt": "z", **responses("u", "v")}], ["a.jsonl, line 2", "2 responses", "1"]),
     "no responses": ([{"prompt": "x", "responses": []}], ["a.jsonl, line 1"]),
     "no text": ([{"prompt": "x", "responses": [{"ids": [1]}]}], ["a.jsonl, line 1"]),
     "no prompt": ([{"responses": ["a"]}], ["a.jsonl, line 1"]),
-    "a number": ([3], ["a.jsonl, line 1"]), "a prompt that is a number": ([{"prompt": 3, "response": "y"}, *GOOD], ["a.jsonl, line 1"]),
+    "a number": ([3], ["a.jsonl, line 1"]),
+    "a prompt that is a number": ([{"prompt": 3, "response": "y"}, *GOOD], ["a.jsonl, line 1"]),
     "turns without content": ([{"prompt": [{"role": "user"}], "response": "y"}], ["a.jsonl, line 1"]),
     "broken JSON": (b'{"prompt": "x", "response": "y"}\n{"prompt"\n', ["a.jsonl, line 2"]),
     "broken UTF-8": (b'{"prompt": "\xff", "response": "y"}\n', ["a.jsonl, line 1"]),
@@ -576,43 +580,47 @@ BAD_FILES = {    # rows of --a against GOOD (None: no such file; bytes: as they 
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_mismatched_files_are_one_line(name, model_folder, tmp_path, capsys, monkeypatch):
+def test_mismatched_files_are_one_line(name, ask, tmp_path):
     given, words = BAD_FILES[name]
     good = tiny.write_jsonl(tmp_path / "b.jsonl", GOOD)
     if isinstance(given, bytes):
         (tmp_path / "a.jsonl").write_bytes(given)
     elif given is not None:
         tiny.write_jsonl(tmp_path / "a.jsonl", given)
-    code, out, err = command(capsys, monkeypatch, f"--model={model_folder}", f"--a={tmp_path / 'a.jsonl'}", f"--b={good}")
+    code, out, err = ask(f"--a={tmp_path / 'a.jsonl'}", f"--b={good}")
     assert code == 1 and out == [] and len(err) == 1 and err[0].startswith("error: ")
     assert all(word in err[0] for word in words), err[0]
 
 
-BAD = {"nothing": ([], "--data"), "a alone": (["--a=a.jsonl"], "--b"), "all three": (["--a=a", "--b=b", "--data=c"], "--data"),
-       "task": (["--data=pairs.jsonl", "--judge_task=short"], "--judge_task=short"),
-       "limit": (["--data=pairs.jsonl", "--limit=0"], "--limit=0"), "dtype": (["--data=pairs.jsonl", "--dtype=half"], "--dtype=half"),
-       "batch_size": (["--data=pairs.jsonl", "--batch_size=0"], "--batch_size=0"), "no file": (["--data=nowhere.jsonl"], "nowhere"),
-       "no pairs": (["--data=prompts.jsonl"], "prompts.jsonl"), "no room": (["--data=pairs.jsonl", "--max_length=20"], "20 tokens"),
-       "no model": (["--data=pairs.jsonl", "--model=nowhere"], "nowhere")}
+BAD = {     # arguments, what the message names
+    "nothing": ([], "--data"), "a alone": (["--a=a.jsonl"], "--b"), "all three": (["--a=a", "--b=b", "--data=c"], "--data"),
+    "task": (["--data=pairs.jsonl", "--judge_task=short"], "--judge_task=short"),
+    "limit": (["--data=pairs.jsonl", "--limit=0"], "--limit=0"),
+    "dtype": (["--data=pairs.jsonl", "--dtype=half"], "--dtype=half"),
+    "batch_size": (["--data=pairs.jsonl", "--batch_size=0"], "--batch_size=0"),
+    "no file": (["--data=nowhere.jsonl"], "nowhere"), "no pairs": (["--data=prompts.jsonl"], "prompts.jsonl"),
+    "no room": (["--data=pairs.jsonl", "--max_length=20"], "20 tokens"),
+    "no model": (["--data=pairs.jsonl", "--model="], "--model"),
+    "no such model": (["--data=pairs.jsonl", "--model=nowhere"], "nowhere"),
+}
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_settings_are_one_line(name, model_folder, tmp_path, capsys, monkeypatch):
+def test_bad_settings_are_one_line(name, ask, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.write_jsonl(tmp_path / "pairs.jsonl", tiny.pairs(2))
     tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "x"}])
     arguments, word = BAD[name]
-    given = [] if name == "no model" else [f"--model={model_folder}"]
-    code, out, err = command(capsys, monkeypatch, *given, *arguments)
+    code, out, err = ask(*arguments)
     assert code == 1 and len(err) == 1 and err[0].startswith("error: ") and word in err[0]
 
 
-def test_a_real_model_judges_real_rows(tmp_path, capsys, monkeypatch):
+def test_a_real_model_judges_real_rows(ask):
     """stories260K, whose context of 512 is too short for most of HH, on 40 rows of it."""
     folder, file = DATA / "models" / "stories260K", DATA / "hh-rlhf" / "helpful-base.test.lines-0001-1354.jsonl.gz"
     if not (folder.is_dir() and file.exists()):
         pytest.skip(f"{DATA} lacks {folder.name} or {file.name}; set OSPREY_DATA to the folder of the shared data")
-    code, out, _ = command(capsys, monkeypatch, f"--model={folder}", f"--data={file}", "--limit=40")
+    code, out, _ = ask(f"--model={folder}", f"--data={file}", "--limit=40")
     found = json.loads(out[-1])
     assert code == 0 and list(found) == DATA_KEYS and found["n"] == 40 and found["cut"] > 0.3
     assert all(0 <= found[key] <= 1 for key in DATA_KEYS[1:])

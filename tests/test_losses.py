@@ -135,8 +135,8 @@ def assert_same(one, other, exactly=False):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_lambda_0_is_the_base_loss_bit_for_bit(name, base, dtype):
     """Paper 1, exact check 2."""
-    delta = DELTA.to(dtype)
-    assert_same(lambda h: getattr(losses, name)(h.to(dtype), delta, BETA, 0.0), lambda h: base(h.to(dtype), BETA), exactly=True)
+    refined, delta = getattr(losses, name), DELTA.to(dtype)
+    assert_same(lambda h: refined(h.to(dtype), delta, BETA, 0.0), lambda h: base(h.to(dtype), BETA), exactly=True)
 
 
 def test_sr_spce_holds_the_others():
@@ -275,7 +275,8 @@ def margin_tensor(policy, reference, p):
 
 
 def weight_gradients(policy, loss):
-    return dict(zip((name for name, _ in policy.named_parameters()), torch.autograd.grad(loss.sum(), list(policy.parameters()))))
+    names, weights = zip(*policy.named_parameters())
+    return dict(zip(names, torch.autograd.grad(loss.sum(), weights)))
 
 
 def assert_equal_gradients(one, other, atol=0.0):
@@ -294,7 +295,7 @@ every_refined = pytest.mark.parametrize("name", REFINED)
 
 @every_refined
 def test_at_the_reference_refinement_changes_nothing(nets, name):
-    """Paper 1, exact check 1: at π = π_ref both margins are exactly 0, the loss is ln 2 or 1/(4β²), the gradient DPO's or IPO's."""
+    """Paper 1, exact check 1: at π = π_ref both margins are exactly 0, the loss is ln 2 or 1/(4β²), the gradient the base's."""
     refined, base, start = REFINED[name]
     reference = copy.deepcopy(nets.policy)
     h, h_p = (margin_tensor(nets.policy, reference, p) for p in ([], PROMPT_P))
@@ -372,8 +373,10 @@ def test_spce_trains_on_probabilities_not_on_who_is_first(nets):
     def gradients(loss):
         return weight_gradients(nets.policy, loss(margin_tensor(nets.policy, nets.reference, [])))
     p = t(0.9, 0.2, 0.5)
-    assert_equal_gradients(gradients(lambda h: losses.spce(h, torch.ones(3), BETA)), gradients(lambda h: losses.dpo(h, BETA)), 1e-12)
-    assert_equal_gradients(gradients(lambda h: losses.spce(-h, 1 - p, BETA)), gradients(lambda h: losses.spce(h, p, BETA)), 1e-12)
+    sure, dpo = gradients(lambda h: losses.spce(h, torch.ones(3), BETA)), gradients(lambda h: losses.dpo(h, BETA))
+    assert_equal_gradients(sure, dpo, 1e-12)
+    swapped, plain = gradients(lambda h: losses.spce(-h, 1 - p, BETA)), gradients(lambda h: losses.spce(h, p, BETA))
+    assert_equal_gradients(swapped, plain, 1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,7 +402,7 @@ def test_token_logprobs_by_hand():
 
 @pytest.mark.parametrize("M", [1, 3, 10])
 def test_chunks_change_nothing(monkeypatch, M):
-    """Values and gradients in chunks of 3 are those of one plain log-softmax, and no more than 3 rows of logits exist at once."""
+    """Values and gradients in chunks of 3 are those of a plain log-softmax, and no more than 3 rows of logits exist at once."""
     head, hidden, tokens = head_and_hidden(M)
     expected = head(hidden).log_softmax(-1)[range(M), tokens]
     weights = torch.arange(1.0, M + 1, dtype=torch.float64)

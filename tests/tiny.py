@@ -3,17 +3,20 @@
     folder(tmp_path)                     a model folder of random weights that this project and transformers load
     net("neox")                          the same network alone, in float64
     write_jsonl(path, pairs(40))         a preference file
+    command(sample, …, "--model=DIR")    a command line, without a process of its own
 """
 import functools
 import io
 import json
 import random
+import sys
 
 import sentencepiece
 import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+import cli
 import data
 import judge
 import model
@@ -140,3 +143,18 @@ def folder(path, family="llama", seed=0, scale=0.3, vocab_size=420, **changes):
     network = net(family, seed, torch.float32, scale, vocab_size + 4 * (family == "neox"), **{**ends, **changes})
     model.save(network, path)
     return write_tokenizer(path, family, vocab_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines
+
+def command(script, capsys, monkeypatch, *arguments):
+    """(exit code, stdout, stderr) of `python script.py arguments`, run in this process; script is the module."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+    code = 0
+    try:
+        cli.run(script.main, script.Settings)
+    except SystemExit as leaving:
+        code = leaving.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err

@@ -1,0 +1,93 @@
+"""The embedded world: its reward by hand, its files, its tokenizers, and a miniature of the whole job."""
+import math
+
+import numpy as np
+import pytest
+import transformers
+
+import data
+import toy
+import train
+
+SEA = "A calm line about the sea at dawn:"
+
+
+@pytest.mark.parametrize("response, total", [
+    ("calm waves tide shells dawn thanks", 4.5),       # ½ + 1 + 1 + 1 + ½ + ½, in six words: the best there is
+    ("waves tide", 2.0),
+    ("waves waves", 0.5),                              # a repeated word costs ½
+    ("waves tide shells sails", 3.0),                  # a fourth noun adds nothing
+    ("pines", -0.5), ("boring", -1.0),                 # off-topic, rude
+    ("grand night", -1.0),                             # the wish and the time of other prompts
+    ("calm waves tide shells dawn thanks sails foam", 4.0),      # the seventh and eighth word cost ¼ each
+    ("", 0.0), ("meh meh meh meh meh meh", -4.5),      # cut off at the floor
+])
+def test_reward_by_hand(response, total):
+    assert toy.reward(SEA, response) == pytest.approx(max(total / 4.5, -1))
+
+
+def test_floor_and_ceiling():
+    """No response of the data or of random words leaves [-1, 1], for every prompt a response reaches 1, and -1 is reached."""
+    rng = np.random.default_rng(0)
+    words = [w for table in (toy.TOPICS, toy.CRAFTS) for row in table.values() for w in row] + toy.POLITE + toy.RUDE + toy.WISHES
+    for prompt in list(toy.PROMPTS.values())[::7]:
+        best = " ".join([prompt.wish, *prompt.nouns[:3], prompt.time.split()[1], toy.POLITE[0]])
+        assert toy.reward(prompt.text, best) == 1
+        assert toy.reward(prompt.text, " ".join(toy.RUDE)) == -1
+        for text in [toy.write_response(prompt, rng) for _ in range(5)] + [" ".join(rng.choice(words, 5))]:
+            assert -1 <= toy.reward(prompt.text, text) <= 1
+
+
+def test_held_out_combinations_are_in_no_training_file():
+    world = toy.world(0)
+    held_out = {row["prompt"] for name in ("eval_sft", "eval_pairs", "eval_prompts") for row in world[name]}
+    trained = {row["prompt"] for name in ("sft", "pairs", "blanks", "prompts") for row in world[name]}
+    assert len({row["prompt"] for row in world["eval_prompts"]}) >= 500 and not held_out & trained
+    texts = " ".join(row["text"] for row in world["texts"])
+    assert not any(prompt in texts for prompt in held_out)
+
+
+def test_the_world_is_a_function_of_its_seed():
+    assert toy.world(3) == toy.world(3) and toy.world(3)["pairs"] != toy.world(4)["pairs"]
+
+
+def test_labels_are_bradley_terry():
+    """Among 4,000 pairs the better response is chosen as often as Σ σ(5 |r - r′|) says, within four standard deviations."""
+    rows = toy.label_pairs(toy.split(0)[0], 4000, np.random.default_rng(0))
+    gaps = [toy.reward(r["prompt"], r["chosen"]) - toy.reward(r["prompt"], r["rejected"]) for r in rows]
+    chances = [1 / (1 + math.exp(-toy.SHARPNESS * abs(gap))) for gap in gaps if gap]
+    right = sum(gap > 0 for gap in gaps)
+    assert abs(right - sum(chances)) < 4 * math.sqrt(sum(p * (1 - p) for p in chances))
+
+
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_tokenizers_of_the_world(family, tmp_path):
+    """The untrained folder loads here and in transformers, ids are equal, texts come back, all words of the world are short."""
+    toy.write_model(tmp_path, family, 0)
+    ours, theirs = data.load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for row in toy.world(0)["sft"][:200]:
+        for text in (row["prompt"], row["prompt"] + row["response"]):
+            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
+        assert ours.decode(ours.encode_after(row["response"]), continues=True) == row["response"]
+        assert len(ours.encode_after(row["response"])) <= 2 * len(row["response"].split())
+
+
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_the_whole_job_in_miniature(family, tmp_path, monkeypatch, capsys):
+    """Every stage runs on the files of the one before, the table has its rows, and a second call prints it again."""
+    monkeypatch.setattr(toy, "ROWS", dict(texts=64, sft=64, pairs=64, blanks=16, held_out=24, advice=4, eval=16))
+    monkeypatch.setattr(toy, "SHAPE", toy.SHAPE | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1))
+    for stage in toy.STAGES.values():
+        monkeypatch.setitem(stage, "steps", 2)
+        monkeypatch.setitem(stage, "batch_size", 8)
+    settings = train.Settings(out_dir=str(tmp_path), toy_family=family, k=3)
+    toy.main(settings)
+    printed = capsys.readouterr().out
+    for name in ("base", "sft", "judge", "osp"):
+        assert (tmp_path / name / "final" / "model.safetensors").exists() and f"--out_dir={tmp_path / name}" in printed
+    table = (tmp_path / "result-osp.txt").read_text()
+    rows = {line.split()[0]: line.split() for line in table.splitlines() if line[:4] in ("sft ", "judg", "osp ")}
+    assert {"sft", "judge", "osp"} <= rows.keys() and -1 <= float(rows["osp"][1]) <= 1
+    assert "judge accuracy" in table and "held-out loss" in table
+    toy.main(settings)
+    assert table in capsys.readouterr().out
