@@ -5,7 +5,7 @@
     torchrun train.py --recipe=sr-dpo       … → SFT → Sr-DPO; --recipe=sft and --recipe=judge stop there
 
 A prompt joins a wish, a topic and a time ("A calm line about the sea at dawn:"), a response is a handful of words
-("golden gentle waves tide shells thanks"), and `reward` says how good it is. Every stage is an ordinary run of train.py
+("calm waves tide shells dawn thanks"), and `reward` says how good it is. Every stage is an ordinary run of train.py
 on files written to out_dir/world; its command line is printed, and can be typed.
 """
 import dataclasses
@@ -348,7 +348,8 @@ def write_world(folder, family, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # The job
 
-# What each stage adds to train.py's defaults.
+# What each stage adds to train.py's defaults: found by trial at this size, the same for all seeds. The papers' learning rates
+# are for models a thousand times larger. OSP is fast: its strengths approach ½ after some 40 steps, when samples grow alike.
 STAGES = {
     "base":  dict(steps=400, batch_size=64, lr=2e-3, lr_schedule="cosine", warmup_steps=20),
     "sft":   dict(steps=60, batch_size=64, lr=3e-4, lr_schedule="cosine", eval_every=20),

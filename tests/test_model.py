@@ -655,10 +655,10 @@ def test_no_folder(tmp_path):
 
 def test_dropout_is_named_and_not_applied(tmp_path, capsys):
     expected = our_logits(save_small(tmp_path))
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     edit(tmp_path, tmp_path / "copy", lambda raw: raw.update(attention_dropout=0.5))
     assert torch.equal(our_logits(tmp_path / "copy"), expected)
-    assert "config.json: attention_dropout" in capsys.readouterr().out
+    assert "config.json: attention_dropout" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", [0, 1, 2, 3, 4, 5])
