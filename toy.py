@@ -415,7 +415,7 @@ def sample_all(net, tokenizer, prompts, settings, stream, k=2):
 
 @torch.no_grad()
 def divergence(policy, reference, tokenizer, prompts, samples):
-    """KL(policy ‖ reference) in nats a response, estimated on the policy's samples at temperature 1 scores."""
+    """Mean of Σ log π - log π_ref over the samples, in nats a response: both at temperature 1, as train.py's `kl`."""
     total = []
     for prompt, group in zip(prompts, samples):
         x = tokenizer.prefix(False) + tokenizer.encode(prompt)
