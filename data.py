@@ -905,6 +905,7 @@ class Pair:
     p: float | None
     row: Row
     cut: bool
+    reference: dict | None = None # {"x": (log π_ref of chosen, of rejected), "px": the same behind p} where they were cached
 
 
 def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_prompt=None, max_tokens=1):

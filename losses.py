@@ -28,11 +28,15 @@ def chunk_logprobs(head, hidden, tokens):
 
 
 def token_logprobs(head, hidden, tokens):
-    """The same for any M in bounded memory: logits exist for one chunk at a time and are made again for the gradient."""
-    pieces = zip(hidden.split(HEAD_CHUNK), tokens.split(HEAD_CHUNK))
-    if torch.is_grad_enabled():
-        return torch.cat([checkpoint(chunk_logprobs, head, h, t, use_reentrant=False) for h, t in pieces])
-    return torch.cat([chunk_logprobs(head, h, t) for h, t in pieces])
+    """The same for any M in bounded memory: logits exist for one chunk at a time and are made again for the gradient.
+
+    Those of the last chunk are kept: its gradient comes first, so they never stand beside another chunk's.
+    """
+    pieces = list(zip(hidden.split(HEAD_CHUNK), tokens.split(HEAD_CHUNK)))
+    if not torch.is_grad_enabled():
+        return torch.cat([chunk_logprobs(head, h, t) for h, t in pieces])
+    values = [checkpoint(chunk_logprobs, head, h, t, use_reentrant=False) for h, t in pieces[:-1]]
+    return torch.cat([*values, chunk_logprobs(head, *pieces[-1])])
 
 
 def logprobs(net, forest, starts):

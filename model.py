@@ -427,17 +427,23 @@ class Cache:
         self.prompt = [tuple(part[:, index].transpose(0, 1).contiguous() for part in pair) for pair in self.prompt]
         P, G, longest, E = self.prompt[0][0].shape
         self.own = [tuple(keys.new_empty(P * k, G, max_tokens, E) for _ in range(2)) for _ in self.prompt]
-        self.owner = torch.arange(P, device=device).repeat_interleave(k)         # (R,) the prompt of each row
-        self.slot, self.slots = torch.arange(k, device=device).repeat(P), k      # (R,) its place among the prompt's rows
+        self.seat(torch.arange(P).repeat_interleave(k), torch.full((P,), k), device)
         self.length = lengths.repeat_interleave(k)                               # (R,) tokens of its prompt
         self.step, self.is_open = 0, True
 
+    def seat(self, owner, counts, device):
+        """Note the prompt of each row, `owner` (R,), and how many rows each prompt has, `counts` (P,): kept on the CPU too,
+        so that nobody has to ask the device."""
+        slot = torch.arange(len(owner)) - (torch.cumsum(counts, 0) - counts)[owner]        # a row's place at its prompt
+        self.owner, self.slots = owner, int(counts.max())
+        self.seats = owner.to(device, non_blocking=True), slot.to(device, non_blocking=True)
+
     def keep(self, rows):
-        """Go on with these rows only: `rows` (R',) ascending indices, at least one. Prompts without a row leave too."""
-        prompts, self.owner, counts = torch.unique(self.owner[rows], return_inverse=True, return_counts=True)
-        self.slots = int(counts.max())
-        first = torch.cumsum(counts, 0) - counts
-        self.slot = torch.arange(len(rows), device=rows.device) - first[self.owner]
+        """Go on with these rows only: `rows` (R',) ascending indices on the CPU, at least one. Prompts without one leave."""
+        device = self.length.device
+        prompts, owner, counts = torch.unique(self.owner[rows], return_inverse=True, return_counts=True)
+        self.seat(owner, counts, device)
+        prompts, rows = prompts.to(device, non_blocking=True), rows.to(device, non_blocking=True)
         self.length = self.length[rows]
         if len(prompts) < len(self.prompt[0][0]):
             self.prompt = [tuple(part[prompts] for part in pair) for pair in self.prompt]
@@ -471,14 +477,19 @@ class Cache:
     def by_prompt(self, x):
         """(R, G, H / G, ·) -> (P, G, slots · H / G, ·): the rows of a prompt side by side, to meet its keys in one product."""
         R, G, group, last = x.shape
-        side = x.new_zeros(len(self.prompt[0][0]), self.slots, G, group, last)
-        side[self.owner, self.slot] = x
-        return side.transpose(1, 2).reshape(len(side), G, self.slots * group, last)
+        P = len(self.prompt[0][0])
+        if R == P * self.slots:                    # as long as no row has left, this is only a view
+            side = x.view(P, self.slots, G, group, last)
+        else:
+            side = x.new_zeros(P, self.slots, G, group, last)
+            side[self.seats] = x
+        return side.transpose(1, 2).reshape(P, G, self.slots * group, last)
 
     def by_row(self, y):
         """The way back."""
         P, G, _, last = y.shape
-        return y.view(P, G, self.slots, -1, last).transpose(1, 2)[self.owner, self.slot]
+        y = y.view(P, G, self.slots, -1, last).transpose(1, 2)
+        return y.reshape(-1, *y.shape[2:]) if len(self.owner) == P * self.slots else y[self.seats]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -651,12 +662,29 @@ def load(folder, dtype=torch.float32, device="cpu"):
     config = read_config(folder)
     with torch.device("meta"):
         net = Transformer(config)
-    for name, tensor in read_weights(config, folder, {n: p.shape for n, p in net.named_parameters()}):
+    tensors = read_weights(config, folder, {name: weight.shape for name, weight in net.named_parameters()})
+    return fill(net, ((name, tensor.to(device=device, dtype=dtype)) for name, tensor in tensors))
+
+
+def fill(net, weights):
+    """Give a network without memory its weights, (our name, tensor) by (our name, tensor)."""
+    for name, tensor in weights:
         module, kind = name.rsplit(".", 1)
-        setattr(net.get_submodule(module), kind, nn.Parameter(tensor.to(device=device, dtype=dtype)))
-    if config.tied:
+        setattr(net.get_submodule(module), kind, nn.Parameter(tensor))
+    if net.config.tied:
         net.head.weight = net.embed.weight
     return net
+
+
+@torch.no_grad()
+def cast(net, dtype):
+    """A network with the same weights in `dtype`, to sample from: else each of them would be cast again for every token.
+    The network itself where they are in `dtype` already."""
+    if net.embed.weight.dtype == dtype:
+        return net
+    with torch.device("meta"):
+        copy = Transformer(net.config)
+    return fill(copy, [(name, weight.detach().to(dtype)) for name, weight in net.named_parameters()])
 
 
 def save(net, folder):

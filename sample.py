@@ -45,14 +45,28 @@ def choose(logits, uniform, temperature, top_p):
     if temperature == 0:
         return logits.argmax(-1)
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature       # a tiny temperature must not give inf - inf
-    probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    below = probabilities.cumsum(-1) - probabilities               # the mass in front of each token
-    probabilities = probabilities.masked_fill(below >= top_p, 0)
-    reached = probabilities.cumsum(-1)
+    probabilities = scaled.softmax(-1)
+    ordered = descending(probabilities)
+    below = ordered.cumsum(-1) - ordered                           # the mass in front of each place
+    kept = below < top_p
+    reached = ordered.masked_fill(~kept, 0).cumsum(-1)
     target = uniform.to(reached.dtype)[:, None] * reached[:, -1:]
-    position = torch.searchsorted(reached, target, right=True)[:, 0]
-    last = (probabilities > 0).sum(-1) - 1                         # rounding must not step over the last kept token
-    return order.gather(-1, torch.minimum(position, last)[:, None])[:, 0]
+    place = torch.searchsorted(reached, target, right=True)
+    last = (kept & (ordered > 0)).sum(-1, keepdim=True) - 1        # rounding must not step over the last kept place
+    place = torch.minimum(place, last)
+    # Only values were sorted: the token is the one that has this value, of several the one with as many smaller ids as
+    # there are equal values in front of the place.
+    value = ordered.gather(-1, place)
+    tied = place - (ordered > value).sum(-1, keepdim=True)
+    return ((probabilities == value).cumsum(-1, dtype=torch.int32) <= tied).sum(-1)
+
+
+def descending(values):
+    """Each row of (R, V) from large to small. On a CPU numpy sorts with vector instructions: 8 ms for 56 rows of 32,000
+    where torch takes 144, and twice that for the order of the ids."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.numpy(), axis=-1)).flip(-1)
+    return values.sort(dim=-1, descending=True).values
 
 
 @torch.no_grad()
@@ -91,12 +105,13 @@ def generate(net, prompts, uniform, stop_ids, allowed, temperature=0.7, top_p=0.
         if on_token is not None:
             for row, token in zip(rows.tolist(), tokens.tolist()):
                 on_token(row, token)
-        live = (~stopped & (t + 1 < limit[rows])).nonzero()[:, 0]  # the only wait for the device in a step
+        live = (~stopped & (t + 1 < limit[rows])).cpu().nonzero()[:, 0]      # the only wait for the device in a step
         if t + 1 == max_tokens or not len(live):
             break
         if len(live) < len(rows):
-            rows, tokens = rows[live], tokens[live]
             cache.keep(live)
+            live = live.to(device)
+            rows, tokens = rows[live], tokens[live]
         logits = net.head(net(tokens[:, None], cache=cache)[:, 0])
 
     samples = [Sample(row[:n], value, done) for row, n, value, done in

@@ -15,6 +15,7 @@ Letters: N pairs, S sequences, K samples a prompt.
 """
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import cli
@@ -136,6 +138,7 @@ class Settings:
     save_every: int = 0                      # steps between checkpoints; 0: only at the end
     keep: int = 1                            # checkpoints kept
     resume: str = "auto"                     # auto: go on from out_dir's checkpoint; never: start over; force: despite changes
+    reference_cache: str | None = None       # folder that keeps π_ref of the data: computed once for all runs it holds for
     sample_every: int = 0                    # online: steps between printing a prompt with its samples and strengths
     toy_family: str = "llama"                # architecture in the toy world: llama (sentencepiece) or neox (tiktoken)
 
@@ -167,6 +170,9 @@ class Settings:
                                  (" (greedy samples would all be one)." if name == "temperature" else "."))
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top_p={self.top_p}: must be in (0, 1].")
+        if self.reference_cache is not None and RECIPES[self.recipe].pairs != "dataset":
+            raise InputError(f"--reference_cache={self.reference_cache}: {self.recipe} has no fixed pairs that a reference "
+                             f"could have scored before.")
         if self.k < 2:
             raise InputError(f"--k={self.k}: pairs need at least 2 responses a prompt.")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
@@ -202,6 +208,11 @@ class Ranks:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
+
+    def add_up(self, tensor):
+        """The sum over the ranks of a tensor on the CPU, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
 
     def largest(self, value):
         if self.size == 1:
@@ -257,6 +268,13 @@ class Sequence:
     """Token ids whose tail, from `start` on, is supervised (SFT, judge augmentation)."""
     ids: list
     start: int
+
+
+def pack_pairs(pairs, query):
+    """(the forest of chosen and rejected of each pair behind pair.x or pair.px, where the 2N responses start)."""
+    queries = [getattr(pair, query) for pair in pairs]
+    forest = data.pack([x + y for x, pair in zip(queries, pairs) for y in (pair.chosen, pair.rejected)])
+    return forest, [len(x) for x in queries for _ in range(2)]
 
 
 class Dataset:
@@ -340,6 +358,53 @@ class Dataset:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What the reference says about a fixed data set is constant
+
+class ReferenceCache:
+    """log π_ref of every pair's two responses behind x, and behind p⊕x where the recipe asks: one safetensors file a key.
+
+    The key is a digest of the reference's folder, the compute type and all ids, which follow from data, tokenizer, lengths
+    and p. `values` {"x": (N, 2), "px": (N, 2)} in float64, or None as long as nobody has computed them.
+    """
+
+    def __init__(self, settings, dtype, pairs, refined):
+        self.pairs, self.queries = pairs, ("x", "px") if refined else ("x",)
+        folder = Path(settings.reference or settings.model)
+        key = hashlib.sha256(f"1 {dtype} {self.queries}".encode())
+        for path in (folder / "config.json", *sorted({entry[0] for entry in model.weight_files(folder).values()})):
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    key.update(block)
+        for pair in pairs:
+            for ids in (*(getattr(pair, query) for query in self.queries), pair.chosen, pair.rejected):
+                key.update(np.array([len(ids), *ids], dtype=np.int64).tobytes())
+        self.path = Path(settings.reference_cache) / f"reference-{key.hexdigest()[:32]}.safetensors"
+        self.values = self.read() if self.path.exists() else None
+
+    def read(self):
+        """The values of a file, checked: its name says what they belong to, not that the file is whole."""
+        wanted = {query: ("F64", (len(self.pairs), 2)) for query in self.queries}
+        if model.read_header(self.path) != wanted:
+            raise InputError(f"{self.path} does not hold the log-probabilities of {len(self.pairs)} pairs; remove it.")
+        return load_file(self.path)
+
+    def write(self):
+        """Aside and renamed: two runs may compute the same file."""
+        aside = self.path.with_name(f".writing-{os.getpid()}-{self.path.name}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(self.values, aside)
+            os.replace(aside, self.path)
+        except OSError as error:
+            raise InputError(f"--reference_cache={self.path.parent} cannot be written: {error.strerror}.") from None
+
+    def attach(self):
+        """Give each pair its values; whoever scores it asks there first."""
+        for i, pair in enumerate(self.pairs):
+            pair.reference = {query: self.values[query][i].tolist() for query in self.queries}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The trainer
 
 class Trainer:
@@ -357,19 +422,29 @@ class Trainer:
         self.policy = model.load(s.model, masters, self.ranks.device)
         self.policy.compute_dtype = self.dtype
         self.tokenizer = sample.matching_tokenizer(s.model, self.policy.config)
+        context = self.policy.config.context
+        online = self.recipe.responses == "policy"
+        judge_context = model.read_config(s.judge or s.model).context if online else context
+        self.data = Dataset(s, self.tokenizer, context, judge_context, self.say)
         # The reference is read in the compute type: at step 0 it computes what the policy computes, bit for bit.
         self.reference = self.judge = None
-        if self.recipe.loss != "sft":
+        refined = self.recipe.loss.startswith("sr-")
+        cache = (ReferenceCache(s, self.dtype, self.data.rows + (self.data.held_out or []), refined)
+                 if s.reference_cache else None)
+        if self.recipe.loss != "sft" and (cache is None or self.ranks.sum([cache.values is None])[0]):
             self.reference = self.frozen(s.reference or s.model)
-        if self.recipe.responses == "policy":
+        if online:
             same = (s.judge or s.model) == (s.reference or s.model)
             self.judge = self.reference if same else self.frozen(s.judge or s.model)
         if self.ranks.size > 1:
             for net in {id(n): n for n in (self.policy, self.reference, self.judge) if n is not None}.values():
                 shard(net, self.dtype)
+        if cache is not None:
+            if self.reference is not None:
+                self.fill(cache)
+            cache.attach()
+            self.reference = None
 
-        context = self.policy.config.context
-        self.data = Dataset(s, self.tokenizer, context, self.judge.config.context if self.judge else context, self.say)
         self.places = s.steps * s.batch_size if s.steps else math.ceil(len(self.data) * s.epochs)
         self.steps = s.steps or math.ceil(self.places / s.batch_size)
         warmup = RECIPES[s.recipe].defaults["warmup_steps"]
@@ -393,8 +468,9 @@ class Trainer:
         s, parameters = self.settings, list(self.policy.parameters())
         if s.optimizer == "rmsprop":
             return torch.optim.RMSprop(parameters, lr=s.lr)
-        kind = torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam
-        return kind(parameters, lr=s.lr, betas=tuple(s.betas), **({"weight_decay": s.weight_decay} if s.optimizer == "adamw" else {}))
+        kind, extra = (torch.optim.AdamW, {"weight_decay": s.weight_decay}) if s.optimizer == "adamw" else (torch.optim.Adam, {})
+        # Fused: one pass over the weights where the plain one makes ten.
+        return kind(parameters, lr=s.lr, betas=tuple(s.betas), fused=self.ranks.device.startswith(("cpu", "cuda")), **extra)
 
     def say(self, text):
         if self.ranks.rank == 0:
@@ -492,21 +568,40 @@ class Trainer:
 
         Both score the same forest in the same type, so they are equal as long as their weights are.
         """
-        queries = [getattr(pair, query) for pair in pairs]
-        forest = data.pack([x + y for x, pair in zip(queries, pairs) for y in (pair.chosen, pair.rejected)])
-        starts = [len(x) for x in queries for _ in range(2)]
+        forest, starts = pack_pairs(pairs, query)
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             policy = losses.logprobs(self.policy, forest, starts).view(-1, 2).unbind(1)
         with torch.no_grad():
-            reference = losses.logprobs(self.reference, forest, starts).view(-1, 2).unbind(1)
+            if pairs[0].reference is not None:
+                reference = torch.tensor([pair.reference[query] for pair in pairs]).to(policy[0])
+            else:
+                reference = losses.logprobs(self.reference, forest, starts).view(-1, 2)
+        reference = reference.unbind(1)
         return policy, reference, losses.margins(policy, reference)
+
+    @torch.no_grad()
+    def fill(self, cache):
+        """Compute the reference's values of all pairs, each rank a part of them, and write them down."""
+        pairs, size, n = cache.pairs, self.settings.micro_batch_size, len(cache.pairs)
+        line = cli.StepLine(n, "reference", enabled=self.ranks.rank == 0)
+        cache.values = {query: torch.zeros(n, 2, dtype=torch.float64) for query in cache.queries}
+        with gathered(self.reference):
+            for start in range(self.ranks.rank * size, n, self.ranks.size * size):
+                part = slice(start, start + size)
+                for query, values in cache.values.items():
+                    values[part] = losses.logprobs(self.reference, *pack_pairs(pairs[part], query)).view(-1, 2).cpu().double()
+                line.update(min(start + self.ranks.size * size, n))
+        for values in cache.values.values():
+            self.ranks.add_up(values)
+        if self.ranks.rank == 0:
+            cache.write()
 
     def nothing(self):
         """A backward pass that adds zero, for a rank with fewer examples than the others: FSDP's collectives must match."""
         if self.recipe.loss == "sft":
             example = Sequence([0, 0], 1)
         else:
-            example = data.Pair([0], [0], [0], [0], 0.5, None, False)
+            example = data.Pair([0], [0], [0], [0], 0.5, None, False, reference={"x": (0.0, 0.0), "px": (0.0, 0.0)})
         return self.objective([example], Log(self.ranks)) * 0
 
     # -- fresh responses -----------------------------------------------------------------------------------------------
@@ -516,12 +611,13 @@ class Trainer:
         s, pairs = self.settings, []
         with gathered(self.policy, self.judge):
             started = time.perf_counter()
-            samples = []
+            policy, samples = model.cast(self.policy, self.dtype), []
             for i in range(0, len(share), s.micro_batch_size):
                 chunk = share[i:i + s.micro_batch_size]
                 table = torch.stack([sample.uniforms(s.seed, step, place, s.k, self.data.max_tokens) for place, _ in chunk])
-                samples += sample.generate(self.policy, [row.x for _, row in chunk], table, self.stop_ids, self.allowed,
+                samples += sample.generate(policy, [row.x for _, row in chunk], table, self.stop_ids, self.allowed,
                                            s.temperature, s.top_p)
+            del policy
             log.value("sample_seconds", time.perf_counter() - started)
             started = time.perf_counter()
             texts = [[sample.response_text(self.tokenizer, one) for one in group] for group in samples]
@@ -671,7 +767,8 @@ class Trainer:
         s, settings = self.settings, json.loads(json.dumps(self.resolved()))
         step, last = 0, (last_record(self.out / "metrics.jsonl") or {}).get("step")
         if self.before is not None and s.resume != "never":
-            free = {"out_dir", "resume", "keep", "save_every", "sample_every", "eval_every", "device", "micro_batch_size"}
+            free = {"out_dir", "resume", "keep", "save_every", "sample_every", "eval_every", "device", "micro_batch_size",
+                    "reference_cache"}
             changed = [f"{key} ({self.before.get(key)} → {value})" for key, value in settings.items()
                        if key not in free and self.before.get(key) != value]
             if changed and s.resume != "force":
