@@ -416,16 +416,16 @@ def our_judging(s, folder, device, turns, prompts=2):
     texts = [text for row in rows[:prompts * s.k] for text in (row.chosen, row.rejected)]
     contexts = [data.context_text(row.prompt) for row in rows[:prompts]]
     responses = [texts[i * s.k:(i + 1) * s.k] for i in range(prompts)]
-    asked, answers, answer = [], [], judge.answer
+    asked, answers, answer = [], [], judge.Reading.answer
 
-    def recorded(net, questions, *more):
-        said = answer(net, questions, *more)
+    def recorded(self, questions):
+        said = answer(self, questions)
         asked.extend((question.ids, question.answers) for question in questions)
         answers.extend(said.tolist())
         return said
-    judge.answer = recorded
+    judge.Reading.answer = recorded
     judge.label(net, questioner, contexts, responses)
-    judge.answer = answer
+    judge.Reading.answer = answer
     turns.say(asked=asked, instructions=len(asked), check={"P(A)": answers, "tokens": [sum(len(ids) for ids, _ in asked)]})
     while True:
         with turns:

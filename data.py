@@ -961,6 +961,8 @@ class Forest:
     end: torch.Tensor              # (N,) index behind the last descendant
     parent: torch.Tensor           # (N,) index of the token before it; -1 at a root
     paths: list                    # S tensors: where each sequence's tokens lie, in the order the sequences came in
+    past: "Forest | None" = None   # one that was read before: indices below its length are its tokens, ours come behind
+    branch: torch.Tensor | None = None     # (N,) then: the last token of the past that a token sees; -1 where there is none
 
 
 def pack(sequences):
@@ -991,3 +993,27 @@ def pack(sequences):
     end[path] = N
     tokens, depth, parent = (torch.from_numpy(np.concatenate(parts)) for parts in (ids, depths, parents))
     return Forest(tokens, depth, torch.from_numpy(end[:N]), parent, paths)
+
+
+def grow(past, sequences):
+    """The Forest of what `sequences` add to the forest `past`, whose keys and values were kept when it was read.
+
+    In parent, end and paths the tokens of the past go in front and the new ones, N of them (maybe none), come behind. The
+    past's j is seen by a new i exactly when j <= branch[i] < end[j], as if i stood where its branch leaves the past.
+    """
+    known = len(past.tokens)
+    both = pack([past.tokens[path].tolist() for path in past.paths] + sequences)
+    place = torch.full_like(both.tokens, -1)
+    for path, before in zip(both.paths, past.paths):
+        place[path] = before
+    new = place < 0
+    count = torch.cat((torch.zeros(1, dtype=torch.int64), new.cumsum(0)))          # new tokens in front of each
+    place[new] = known + count[:-1][new]
+    paths, branch = both.paths[len(past.paths):], torch.full_like(place, -1)
+    for path in paths:
+        old = int((~new[path]).sum())              # what a sequence shares with the past is its front
+        if old:
+            branch[path[old:]] = place[path[old - 1]]
+    parent = torch.where(both.parent < 0, -1, place[both.parent])
+    return Forest(both.tokens[new], both.depth[new], known + count[both.end][new], parent[new],
+                  [place[path] for path in paths], past, branch[new])

@@ -17,6 +17,7 @@ import torch
 
 import cli
 import data
+import model
 from cli import InputError
 from sample import load_model, pick_device
 
@@ -109,6 +110,12 @@ class Verdicts:
     first_at_b: torch.Tensor       # (N,) P(A) where it stands at B
     cut: int                       # pairs that had to be shortened
 
+    @classmethod
+    def of(cls, said, cut):
+        """From P(A) of both orders of each pair, one after the other, in tensors of any length."""
+        at_a, at_b = torch.cat([torch.zeros(0, dtype=torch.float64), *said]).view(-1, 2).unbind(1)
+        return cls(0.5 + (at_a - at_b) / 2, at_a, at_b, cut)
+
 
 FOREST_TOKENS = 16384              # tokens, before sharing, that the judge reads in one forward
 
@@ -120,28 +127,47 @@ def compare(net, questioner, pairs):
     P(A) is the softmax over the two answer tokens, so one logit difference; P(B) = 1 - P(A). With both orders
     p = ½ [P(A | first at A) + P(B | first at B)]: p(y ≻ y′) + p(y′ ≻ y) = 1, and identical responses give ½ exactly.
     """
-    said, batch, size, cut = [torch.zeros(0, dtype=torch.float64)], [], 0, 0
-    for orders in (questioner.both_orders(*pair) for pair in pairs):
-        tokens = sum(len(question.ids) for question in orders)
-        if batch and size + tokens > FOREST_TOKENS:
-            said.append(answer(net, batch))
-            batch, size = [], 0
-        batch, size, cut = batch + orders, size + tokens, cut + orders[0].cut
-    if batch:
-        said.append(answer(net, batch))
-    at_a, at_b = torch.cat(said).view(-1, 2).unbind(1)
-    return Verdicts(0.5 + (at_a - at_b) / 2, at_a, at_b, cut)
+    said, cut = [], 0
+    for part in by_size([questioner.both_orders(*pair) for pair in pairs], lambda orders: sum(len(q.ids) for q in orders)):
+        said.append(Reading(net).answer([question for orders in part for question in orders]))
+        cut += sum(orders[0].cut for orders in part)
+    return Verdicts.of(said, cut)
 
 
-def answer(net, questions):
-    """P(A) (Q,) in float64: the head is read at one position a question, in two rows."""
-    device = net.embed.weight.device
-    forest = data.pack([question.ids for question in questions])
-    hidden = net(forest.tokens[None].to(device), forest.depth[None], forest.end[None])[0]
-    hidden = hidden[torch.stack([path[-1] for path in forest.paths]).to(device)]                # (Q, D)
-    a, b = torch.tensor([question.answers for question in questions], device=device).unbind(1)
-    logits = [(hidden.cpu().double() * net.head.weight[ids].cpu().double()).sum(-1) for ids in (a, b)]
-    return (logits[0] - logits[1]).sigmoid()
+def by_size(items, size):
+    """Consecutive items in parts of at most FOREST_TOKENS together; a larger one goes alone."""
+    part, total = [], 0
+    for item in items:
+        if part and total + size(item) > FOREST_TOKENS:
+            yield part
+            part, total = [], 0
+        part.append(item)
+        total += size(item)
+    if part:
+        yield part
+
+
+class Reading:
+    """Questions that were read as one forest. With keep=True more can be asked, and what they share is not read again."""
+
+    def __init__(self, net, keep=False):
+        self.net, self.keep, self.forest = net, keep, None
+
+    def answer(self, questions):
+        """P(A) (Q,) in float64: the head is read at one position a question, in two rows."""
+        ids = [question.ids for question in questions]
+        if self.forest is None:
+            self.cache = model.Cache(self.net.config) if self.keep else None
+            forest = self.forest = data.pack(ids)
+            hidden = self.hidden = self.net.read(forest, self.cache)
+        else:
+            forest = data.grow(self.forest, ids)
+            hidden = torch.cat((self.hidden, self.net.read(forest, self.cache))) if len(forest.tokens) else self.hidden
+        device = hidden.device
+        hidden = hidden[torch.stack([path[-1] for path in forest.paths]).to(device)]                # (Q, D)
+        a, b = torch.tensor([question.answers for question in questions], device=device).unbind(1)
+        logits = [(hidden.cpu().double() * self.net.head.weight[ids].cpu().double()).sum(-1) for ids in (a, b)]
+        return (logits[0] - logits[1]).sigmoid()
 
 
 def baseline(net, questioner, contexts, responses):
@@ -165,21 +191,32 @@ def ranked_pairs(strengths):
 PAIRINGS = {"ranked": ranked_pairs}
 
 
+@torch.no_grad()
 def label(net, questioner, contexts, responses, pairing="ranked"):
     """Algorithm 1's inner part for P prompts: rank K responses each, pair them, judge each pair directly.
 
     contexts: P texts; responses: P lists of K texts -> (P lists of (winner, loser, p), P lists of K strengths,
-    comparisons made, those of them cut). At K = 7 that is 2·(7 + 3) = 20 judge sequences a prompt.
+    comparisons made, those of them cut). At K = 7 that is 2·(7 + 3) = 20 judge sequences a prompt; the pairs' ones go on
+    where those against the empty response have the same front, so context and first response are read once.
     """
-    ranks = baseline(net, questioner, [c for c, texts in zip(contexts, responses) for _ in texts],
-                     [text for texts in responses for text in texts])
-    strengths = list(torch.split(ranks.p, [len(texts) for texts in responses]))
-    pairs = [PAIRINGS[pairing](values) for values in strengths]
-    verdicts = compare(net, questioner, [(context, texts[i], texts[j])
-                                         for context, texts, chosen in zip(contexts, responses, pairs) for i, j in chosen])
-    p = iter(verdicts.p.tolist())
-    return ([[(i, j, next(p)) for i, j in chosen] for chosen in pairs], [values.tolist() for values in strengths],
-            len(ranks.p) + len(verdicts.p), ranks.cut + verdicts.cut)
+    def asked(context, pairs):
+        return [questioner.both_orders(context, first, second) for first, second in pairs]
+
+    prompts = [(context, texts, asked(context, [(text, "") for text in texts])) for context, texts in zip(contexts, responses)]
+    labelled, strengths, comparisons, cut = [], [], 0, 0
+    for part in by_size(prompts, lambda prompt: sum(len(q.ids) for orders in prompt[2] for q in orders)):
+        reading = Reading(net, keep=True)
+        p = Verdicts.of([reading.answer([q for *_, blank in part for orders in blank for q in orders])], 0).p
+        values = [split.tolist() for split in p.split([len(texts) for _, texts, _ in part])]
+        chosen = [PAIRINGS[pairing](some) for some in values]
+        direct = [orders for (context, texts, _), pairs in zip(part, chosen)
+                  for orders in asked(context, [(texts[i], texts[j]) for i, j in pairs])]
+        p = iter(Verdicts.of([reading.answer([q for orders in direct for q in orders])] if direct else [], 0).p.tolist())
+        labelled += [[(i, j, next(p)) for i, j in pairs] for pairs in chosen]
+        strengths += values
+        judged = [orders for *_, blank in part for orders in blank] + direct
+        comparisons, cut = comparisons + len(judged), cut + sum(orders[0].cut for orders in judged)
+    return labelled, strengths, comparisons, cut
 
 
 def augmentation(questioner, rows, seed):

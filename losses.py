@@ -48,7 +48,7 @@ def logprobs(net, forest, starts):
     device = net.embed.weight.device
     supervised = [path[start:] for path, start in zip(forest.paths, starts)]
     nodes, which = torch.unique(torch.cat(supervised), return_inverse=True)
-    hidden = net(forest.tokens[None].to(device), forest.depth[None], forest.end[None])[0]
+    hidden = net.read(forest)
     values = token_logprobs(net.head, hidden[forest.parent[nodes].to(device)], forest.tokens[nodes].to(device))
     owner = torch.repeat_interleave(torch.arange(len(supervised)), torch.tensor([len(s) for s in supervised]))
     return values.new_zeros(len(supervised)).index_add(0, owner.to(device), values[which.to(device)])

@@ -245,7 +245,7 @@ def rotate(x, cos, sin):
     """Rotary position: x (B, H, T, E), cos and sin (B, 1, T, rotary_dims / 2); the rest of the head stays."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
+    return torch.cat((torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin), rest), -1)
 
 
 class Attention(nn.Module):
@@ -310,12 +310,21 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         self.compute_dtype = None              # the type of the activations; None: that of the weights
 
-    def forward(self, tokens, depth=None, end=None, cache=None):
+    def read(self, forest, cache=None):
+        """Final hidden states (N, D) of a data.Forest. A cache keeps its keys and values; for one that grew out of a past,
+        it is the cache that kept the past's."""
+        past = None if forest.past is None else (forest.branch, forest.past.depth, forest.past.end)
+        known = 0 if past is None else len(forest.past.tokens)
+        tokens = forest.tokens[None].to(self.embed.weight.device)
+        return self(tokens, forest.depth[None], forest.end[None] - known, cache, past)[0]
+
+    def forward(self, tokens, depth=None, end=None, cache=None, past=None):
         """Final hidden states (B, T, D) of token ids (B, T).
 
         Without more, each row is a causal sequence. With `depth` and `end` (B, T), on the CPU, each row is a forest:
         depth is a token's position in its own sequence, end[j] the index in the row behind j's last descendant.
-        With a `cache`: a first call records the prompts; after cache.open() a call takes one token a row (R, 1).
+        With a `cache`: a first call records the prompts; after cache.open() a call takes one token a row (R, 1); with
+        `past` (branch, the past's depth and end) the row goes on where the recorded forest is left (see data.grow).
         """
         B, T = tokens.shape
         if cache is not None and cache.is_open:
@@ -326,7 +335,7 @@ class Transformer(nn.Module):
             # All rows become one line of B·T tokens, and the rows its trees: linear layers see no padding to speak of.
             end = (end + T * torch.arange(B)[:, None]).reshape(-1)
             depth = depth.reshape(1, -1)
-            attend = ForestAttention(depth[0], end, self.config.sliding_window, tokens.device, cache)
+            attend = ForestAttention(depth[0], end, self.config.sliding_window, tokens.device, cache, past)
             tokens = tokens.reshape(1, -1)
         x = F.embedding(tokens, self.embed.weight)
         x = x.to(self.compute_dtype or x.dtype)
@@ -369,31 +378,44 @@ class ForestAttention:
     of the mask is one comparison.
     """
 
-    def __init__(self, depth, end, window, device, cache=None):
-        self.cache, self.device, self.masks = cache, device, None
+    def __init__(self, depth, end, window, device, cache=None, past=None):
+        self.cache, self.grows, self.device, self.masks = cache, past is not None, device, None
         index, keys, self.seen = torch.arange(len(end)), [], []
+        branch, past_depth, past_end = past or (None, None, index[:0])
+        known = len(past_end)
         for start in range(0, len(end), QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, len(end))
             reach = end[:start] > start
             if window is not None:
                 reach &= depth[start:stop].min() - depth[:start] < window
-            keys.append(torch.cat((index[:start][reach], index[start:stop])))
+            block = torch.cat((index[:start][reach], index[start:stop]))
             query = index[start:stop, None]
-            seen = (keys[-1] <= query) & (query < end[keys[-1]])
+            seen = (block <= query) & (query < end[block])
             if window is not None:
-                seen &= depth[start:stop, None] - depth[keys[-1]] < window
+                seen &= depth[start:stop, None] - depth[block] < window
+            block += known
+            if past is not None:           # the same comparison, from where a token's branch leaves the past
+                query = branch[start:stop, None]
+                before = (torch.arange(known) <= query) & (query < past_end)
+                if window is not None:
+                    before &= depth[start:stop, None] - past_depth < window
+                reach = before.any(0)
+                block, seen = torch.cat((reach.nonzero()[:, 0], block)), torch.cat((before[:, reach], seen), 1)
+            keys.append(block)
             self.seen.append(seen)
         self.sizes = [len(block) for block in keys]
         self.keys = torch.cat(keys).to(device)
 
     def __call__(self, layer, q, k, v):
         """q (1, H, N, E), k and v (1, G, N, E) -> (1, H, N, E)."""
-        if self.cache is not None:
+        if self.grows:
+            k, v = (torch.cat((kept[None], ours), 2) for kept, ours in zip(self.cache.prompt[layer], (k, v)))
+        elif self.cache is not None:
             self.cache.record(layer, k, v)
         if self.masks is None:      # one for all layers; added, because that is faster here than a boolean mask
             self.masks = [torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -math.inf).to(self.device)
                           for seen in self.seen]
-        if len(self.masks) > 1:
+        if len(self.masks) > 1 or self.grows:
             # One gather for all blocks and one split: a slice a block would fill a gradient of all N tokens each time.
             _, G, N, E = k.shape
             rows = torch.cat((k, v), 1)[0].transpose(0, 1).reshape(N, -1)

@@ -81,7 +81,7 @@ def generate(net, prompts, uniform, stop_ids, allowed, temperature=0.7, top_p=0.
     P, K, max_tokens = uniform.shape
     forest = data.pack(prompts)
     cache = model.Cache(net.config)
-    hidden = net(forest.tokens[None].to(device), forest.depth[None], forest.end[None], cache)[0]
+    hidden = net.read(forest, cache)
     cache.open(forest.paths, K, max_tokens)
     last = torch.stack([path[-1] for path in forest.paths]).to(device)
     logits = net.head(hidden[last]).repeat_interleave(K, 0)        # (R, V)

@@ -538,14 +538,14 @@ class Trainer:
         return self.pair_objective(examples, log)
 
     def pair_objective(self, pairs, log):
-        s, n = self.settings, len(pairs)
-        policy, reference, margin = self.score(pairs, "x", grad=True)
-        delta = p = None
+        s, delta, p = self.settings, None, None
         if self.recipe.loss.startswith("sr-"):
             # Behind p the policy is a constant too: Δπ carries no gradient, so this pass needs none.
             _, _, augmented = self.score(pairs, "px", grad=False)
             delta = losses.refinement(augmented, s.beta)
             log.add("augmented_accuracy", losses.correct(augmented))
+        policy, reference, margin = self.score(pairs, "x", grad=True)
+        if delta is not None:
             scale = s.delta_scale if self.recipe.loss == "sr-ipo" else "logistic"
             log.add("refined_margin", losses.refined_margin(margin, delta, s.beta, s.lam, scale))
         if self.recipe.labels == "soft":
@@ -569,14 +569,14 @@ class Trainer:
         Both score the same forest in the same type, so they are equal as long as their weights are.
         """
         forest, starts = pack_pairs(pairs, query)
-        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            policy = losses.logprobs(self.policy, forest, starts).view(-1, 2).unbind(1)
-        with torch.no_grad():
+        with torch.no_grad():       # first, as long as no activations of the policy stand in memory
             if pairs[0].reference is not None:
-                reference = torch.tensor([pair.reference[query] for pair in pairs]).to(policy[0])
+                reference = torch.tensor([pair.reference[query] for pair in pairs], dtype=torch.float64)
             else:
                 reference = losses.logprobs(self.reference, forest, starts).view(-1, 2)
-        reference = reference.unbind(1)
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            policy = losses.logprobs(self.policy, forest, starts).view(-1, 2).unbind(1)
+        reference = reference.to(policy[0]).unbind(1)
         return policy, reference, losses.margins(policy, reference)
 
     @torch.no_grad()

@@ -302,14 +302,39 @@ def test_ranked_pairs():
     assert judge.ranked_pairs(torch.tensor([0.1, 0.9, 0.5], dtype=torch.float64)) == [(1, 0)]
 
 
+@pytest.mark.parametrize("tokens", [1, 10 ** 9])
+@pytest.mark.parametrize("family", ["llama", "mistral", "neox"])
+def test_what_was_read_for_the_ranking_is_not_read_again(family, tokens, tokenizers, monkeypatch):
+    """Labels are those of separate comparisons, and fewer tokens are read: the pairs share context and first response with
+    the questions against nothing. One response is blank, so a pair's questions have all been asked before."""
+    tokenizer = tokenizers["neox-500" if family == "neox" else "llama-600"]
+    net = tiny.net(family, seed=3, vocab_size=644)
+    questioner = judge.Questioner(tokenizer, "helpful", 512)
+    contexts = ["Human: Hello", "Human: Which river?"]
+    responses = [["The old one.", "", "The slow train sings.", "It waits."], ["The cold river.", "A stone.", "No."]]
+    monkeypatch.setattr(judge, "FOREST_TOKENS", tokens)
+    read, plain = [], net.read
+    monkeypatch.setattr(net, "read", lambda forest, cache=None: read.append(len(forest.tokens)) or plain(forest, cache))
+    pairs, strengths, _, _ = judge.label(net, questioner, contexts, responses)
+    once = sum(read)
+    for context, texts, chosen, values in zip(contexts, responses, pairs, strengths):
+        alone = judge.baseline(net, questioner, [context] * len(texts), texts).p
+        assert torch.allclose(torch.tensor(values, dtype=torch.float64), alone, atol=1e-10)
+        direct = judge.compare(net, questioner, [(context, texts[i], texts[j]) for i, j, _ in chosen])
+        assert [(i, j) for i, j, _ in chosen] == judge.ranked_pairs(alone)
+        assert torch.allclose(torch.tensor([p for *_, p in chosen], dtype=torch.float64), direct.p, atol=1e-10)
+    if tokens > 1:
+        assert once < 0.8 * (sum(read) - once)
+
+
 class Rigged:
     """A judge who prefers the longer response, and A a little where they are alike; it remembers what it was asked."""
 
     def __init__(self, tokenizer, monkeypatch, score=len):
         self.asked, self.tokenizer, self.score = [], tokenizer, score
-        monkeypatch.setattr(judge, "answer", self.answer)
+        monkeypatch.setattr(judge.Reading, "answer", lambda reading, questions: self.answer(questions))
 
-    def answer(self, net, questions):
+    def answer(self, questions):
         texts = [parts(self.tokenizer, question) for question in questions]
         self.asked += texts
         return torch.tensor([self.score(a) - self.score(b) + 0.5 for _, a, b in texts], dtype=torch.float64).sigmoid()

@@ -7,6 +7,7 @@ import torch
 
 import data
 import losses
+import model
 import tiny
 
 EOS, PAD = 2, 0
@@ -124,6 +125,51 @@ def test_logprobs_are_those_of_each_sequence_alone(family, monkeypatch):
         sequences, starts = batch(seed)
         found = losses.logprobs(net, data.pack(sequences), starts)
         assert apart(net, found, one_at_a_time(net, sequences, starts)) < 1e-10
+
+
+def grown(net, first, then):
+    """Hidden states of the last token of each sequence of `then`, read behind what was read of `first`; and the forest."""
+    cache, past = model.Cache(net.config), data.pack(first)
+    hidden = net.read(past, cache)
+    forest = data.grow(past, then)
+    if len(forest.tokens):
+        hidden = torch.cat((hidden, net.read(forest, cache)))
+    return hidden[torch.stack([path[-1] for path in forest.paths])], forest
+
+
+@pytest.mark.parametrize("block", [3, 256])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.no_grad()
+def test_a_forest_that_grows_is_the_sequences_alone(family, block, monkeypatch):
+    """Sequences that branch off anywhere, that begin anew, that were read before or are the front of one that was."""
+    monkeypatch.setattr(model, "QUERY_BLOCK", block)
+    net = tiny.net(family, **({"sliding_window": 4} if family == "mistral" else {}))
+    for seed in range(4):
+        rng = random.Random(seed)
+        first, then = batch(seed)[0], batch(seed + 1)[0]
+        then += [sequence[:rng.randint(1, len(sequence))] + [rng.randrange(64) for _ in range(rng.randint(0, 5))]
+                 for sequence in first] + [first[0], first[1][:2], [63, 63, 63]]
+        found, forest = grown(net, first, then)
+        expected = torch.stack([net(torch.tensor([sequence]))[0, -1] for sequence in then])
+        assert (found - expected).abs().max() < 1e-10
+        assert len(forest.tokens) == len(data.pack(first + then).tokens) - len(forest.past.tokens)
+        assert all(path.tolist() != [] and len(path) == len(sequence) for path, sequence in zip(forest.paths, then))
+    found, forest = grown(net, first, [first[2], first[0][:1]])
+    assert len(forest.tokens) == 0 and len(found) == 2
+
+
+@torch.no_grad()
+def test_a_wrong_branch_is_noticed():
+    """A token that sees one of the past too many or too few."""
+    net, (first, _) = tiny.net("llama"), batch(0)
+    then = [first[0][:-1] + [5, 6, 7]]
+    expected, _ = grown(net, first, then)
+    for shift in (-1, 1):
+        cache, past = model.Cache(net.config), data.pack(first)
+        net.read(past, cache)
+        forest = data.grow(past, then)
+        forest.branch += shift
+        assert (net.read(forest, cache)[-1] - expected[0]).abs().max() > 1e-6
 
 
 def test_one_sequence_can_be_scored_from_several_starts():
