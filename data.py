@@ -717,6 +717,12 @@ def read_rows(path, need):
     return rows, Report(os.path.basename(path), len(rows), skipped)
 
 
+def split_weight(spec):
+    """("file", 0.1) of "file:0.1"; a file that is really called so keeps its name."""
+    match = not os.path.exists(spec) and re.fullmatch(r"(.+):([-+]?\d*\.?\d+(?:e[-+]?\d+)?)", spec)
+    return (match[1], float(match[2])) if match else (spec, 1.0)
+
+
 def read_data(specs, need, seed):
     """Rows of several files, each `file` or `file:weight` -> (list[Row], list[Report]).
 
@@ -724,8 +730,7 @@ def read_data(specs, need, seed):
     """
     rows, reports = [], []
     for position, spec in enumerate(specs):
-        match = not os.path.exists(spec) and re.fullmatch(r"(.+):([-+]?\d*\.?\d+(?:e[-+]?\d+)?)", spec)
-        path, weight = (match[1], float(match[2])) if match else (spec, 1.0)
+        path, weight = split_weight(spec)
         if not 0 < weight <= 1000:
             raise InputError(f"{spec}: the weight of a data file is a number above 0 and not above 1000.")
         found, report = read_rows(path, need)

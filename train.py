@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,7 +131,7 @@ class Settings:
     max_tokens: int | None = None            # tokens of a sampled response; default: what max_length leaves
     max_length: int | None = None            # tokens of BOS + x + y, without p; default: 512, or what the context holds
     max_prompt_length: int | None = None     # x gives way down to this; default: half of max_length
-    chat: str | None = None                  # dialogue format: hh, zephyr, chatml, llama3, mistral
+    chat: str | None = None                  # dialogue format: hh, zephyr, chatml, llama3, mistral; text is then a user's turn
     judge_task: str = "helpful"              # the judge's instruction: helpful or summary
     dtype: str = "auto"                      # of the computation: float32, bfloat16, float64; auto: bfloat16 on CUDA
     device: str = "auto"                     # auto, cpu, cuda, mps
@@ -170,13 +171,29 @@ class Settings:
                                  (" (greedy samples would all be one)." if name == "temperature" else "."))
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top_p={self.top_p}: must be in (0, 1].")
-        if self.reference_cache is not None and RECIPES[self.recipe].pairs != "dataset":
-            raise InputError(f"--reference_cache={self.reference_cache}: {self.recipe} has no fixed pairs that a reference "
-                             f"could have scored before.")
         if self.k < 2:
             raise InputError(f"--k={self.k}: pairs need at least 2 responses a prompt.")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InputError(f"--betas={','.join(map(str, self.betas))}: two numbers in [0, 1).")
+
+    def check_used(self):
+        """Refuse what was typed but has no effect in this run: it is a mistake somewhere."""
+        recipe = RECIPES[self.recipe]
+        online = recipe.responses == "policy"
+        users = [("weight_decay", self.optimizer == "adamw", "--optimizer=adamw"),
+                 ("betas", self.optimizer != "rmsprop", "--optimizer=adam or adamw"),
+                 ("beta reference", recipe.loss != "sft", "a recipe that compares responses"),
+                 ("reference_cache", recipe.pairs == "dataset", "a recipe with fixed pairs"),
+                 ("lam refinement_prompt", recipe.loss.startswith("sr-"), "a recipe sr-*"),
+                 ("delta_scale", recipe.loss == "sr-ipo", "--recipe=sr-ipo"),
+                 ("k temperature top_p max_tokens prompts judge sample_every", online, "an online recipe"),
+                 ("judge_task", online or self.recipe == "judge", "a recipe with a judge"),
+                 ("data", not (online and self.prompts), "to stand alone: an online recipe reads --prompts"),
+                 ("eval_every", bool(self.eval_data) or self.model is None, "--eval_data")]
+        for names, used, needs in users:
+            for name in names.split():
+                if name in self.given and not used:
+                    raise InputError(f"--{name} would change nothing in this run: it needs {needs}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,6 +237,14 @@ class Ranks:
         total = torch.tensor(value)
         dist.all_reduce(total, dist.ReduceOp.MAX)
         return total.item()
+
+    def from_first(self, value):
+        """The first rank's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def wait(self):
         if self.size > 1:
@@ -303,6 +328,8 @@ class Dataset:
             self.max_prompt_length = min(self.max_prompt_length, room)
         self.limits = dict(chat=chat, max_length=self.max_length, max_prompt_length=self.max_prompt_length,
                            refinement_prompt=refined)
+        if s.recipe == "judge":          # its sequences are the instructions
+            judge_context = min(judge_context, s.max_length or judge_context)
         self.questioner = judge.Questioner(tokenizer, s.judge_task, judge_context)
         self.recipe, self.tokenizer = s.recipe, tokenizer
         if self.online:
@@ -340,6 +367,11 @@ class Dataset:
         if need in ("responses", "judge"):
             return instructions + [Sequence(pair.x + pair.chosen, len(pair.x)) for pair in pairs]
         if self.hard:           # where a row has a p (a replayed rollout), that names the winner
+            undecided = sum(pair.p == 0.5 for pair in pairs)
+            if undecided:
+                say(f"{undecided} of {len(pairs)} pairs have p = ½ and no winner: left out")
+            if undecided == len(pairs):
+                raise InputError(f"{', '.join(files)}: every pair has p = ½; {self.recipe} needs a winner.")
             pairs = [dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen) if pair.p is not None and pair.p < 0.5
                      else pair for pair in pairs if pair.p != 0.5]
         return pairs
@@ -370,11 +402,8 @@ class ReferenceCache:
     def __init__(self, settings, dtype, pairs, refined):
         self.pairs, self.queries = pairs, ("x", "px") if refined else ("x",)
         folder = Path(settings.reference or settings.model)
-        key = hashlib.sha256(f"1 {dtype} {self.queries}".encode())
-        for path in (folder / "config.json", *sorted({entry[0] for entry in model.weight_files(folder).values()})):
-            with open(path, "rb") as file:
-                while block := file.read(1 << 20):
-                    key.update(block)
+        files = sorted({path for path, *_ in model.weight_files(folder).values()})
+        key = hashlib.sha256(f"{dtype} {self.queries} {digest(folder / 'config.json', *files)}".encode())
         for pair in pairs:
             for ids in (*(getattr(pair, query) for query in self.queries), pair.chosen, pair.rejected):
                 key.update(np.array([len(ids), *ids], dtype=np.int64).tobytes())
@@ -552,7 +581,7 @@ class Trainer:
             p = torch.tensor([1.0 if pair.p is None else pair.p for pair in pairs], device=margin.device, dtype=margin.dtype)
             log.add("p", p)
             log.add("p_hat", losses.strength_hat(margin, s.beta))
-        if self.data.online:          # over the fresh samples that are in a pair; the median of an odd K is in none
+        if self.data.online and torch.is_grad_enabled():      # over the fresh samples in a pair; an odd K's median is in none
             log.add("kl", torch.cat(policy) - torch.cat(reference))
         values = PAIR_LOSSES[self.recipe.loss](margin, delta, p, s)
         for name, value in (("loss", values), ("margin", margin), ("accuracy", losses.correct(margin)),
@@ -629,6 +658,7 @@ class Trainer:
         log.add("response_length", torch.tensor([float(len(one.ids)) for group in samples for one in group]))
         log.add("finished", torch.tensor([float(one.finished) for group in samples for one in group]))
         log.add("judge_cut", torch.tensor([float(cut)]), weight=asked)
+        log.add("prompt_cut", torch.tensor([float(query.cut) for _, query in share]))
         self.write_rollouts(step, share, samples, texts, labelled)
         if s.sample_every and step % s.sample_every == 0 and share:
             self.show_rollout(step, share[0][1], texts[0], strengths[0], labelled[0])
@@ -702,16 +732,20 @@ class Trainer:
 
     def checkpoints(self):
         """Complete checkpoints, oldest first."""
-        found = [path for path in (self.out / "checkpoint").glob("step-*") if (path / "state.json").exists()]
+        found = [path for path in (self.out / "checkpoint").glob("step-*")
+                 if re.fullmatch(r"step-\d+", path.name) and (path / "state.json").exists()]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     def load_checkpoint(self, folder):
         """Read weights and optimizer state in place, on any number of ranks; returns the step."""
         state = cli.read_json(folder / "state.json")
+        remedy = f"remove {folder} to go on from an earlier one, or start over with --resume=never"
+        if type(state.get("step")) is not int or not isinstance(state.get("files"), dict):
+            raise InputError(f"{folder / 'state.json'} does not say what the checkpoint holds; {remedy}.")
         for name, size in state["files"].items():
             path = folder / name
             if not path.exists() or path.stat().st_size != size:
-                raise InputError(f"{path} is missing or incomplete; start over with --resume=never.")
+                raise InputError(f"{path} is missing or incomplete; {remedy}.")
         for group in self.optimizer.param_groups:       # the state must exist before it can be read into
             group["lr"] = 0.0
             for weight in group["params"]:
@@ -721,7 +755,11 @@ class Trainer:
         tensors = self.state()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=self.ranks.size == 1)
+            try:
+                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=self.ranks.size == 1)
+            except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError) as error:
+                why = str(error).strip().splitlines()[-1]
+                raise InputError(f"{folder} does not fit this model and optimizer ({why}); {remedy}.") from None
         return state["step"]
 
     def save_final(self):
@@ -750,7 +788,16 @@ class Trainer:
         if any(place.exists() and not place.is_dir() for place in (self.out, *self.out.parents)):
             raise InputError(f"--out_dir={self.out} cannot be written: a file stands in the way.")
         before = cli.read_json(self.out / "config.json", absent={})
-        if "settings" not in before and any((self.out / name).exists() for name in ("config.json", "final", "checkpoint")):
+        for folder in filter(None, (self.settings.model, self.settings.reference, self.settings.judge)):
+            if self.out.resolve().is_relative_to(Path(folder).resolve()):
+                raise InputError(f"--out_dir={self.out} lies in the model folder {folder}; name another.")
+        s = self.settings
+        for spec in (*(s.data or []), *(s.prompts or []), *(s.eval_data or [])):
+            file = Path(data.split_weight(spec)[0]).resolve()
+            if file.parent == self.out.resolve():
+                raise InputError(f"{file.name} lies in --out_dir={self.out}, which this run writes to; name another out_dir.")
+        ours = ("config.json", "final", "checkpoint", "metrics.jsonl", "rollouts.jsonl")
+        if "settings" not in before and any((self.out / name).exists() for name in ours):
             raise InputError(f"--out_dir={self.out} holds files of another kind; name an empty or a new folder.")
         return before.get("settings")
 
@@ -762,23 +809,40 @@ class Trainer:
             max_length=d.max_length, max_prompt_length=d.max_prompt_length, max_tokens=d.max_tokens,
             reference=s.reference or s.model, judge=s.judge or s.model)
 
+    def inputs(self):
+        """{file or model folder: digest of its contents}: a run goes on only with what it began with."""
+        s, found = self.settings, {}
+        if self.ranks.rank == 0:
+            for folder in dict.fromkeys(filter(None, (s.model, s.reference, s.judge))):
+                files = {path for path, *_ in model.weight_files(folder).values()}
+                found[folder] = digest(Path(folder) / "config.json", *sorted(files), sampled=True)
+            for spec in (*(s.data or []), *(s.prompts or []), *(s.eval_data or [])):
+                found[spec] = digest(data.split_weight(spec)[0])
+        return self.ranks.from_first(found)
+
     def begin(self):
         """The step to go on from, or None when the run is finished; other settings than the run's are refused by name."""
         s, settings = self.settings, json.loads(json.dumps(self.resolved()))
+        settings["inputs"] = self.inputs()
         step, last = 0, (last_record(self.out / "metrics.jsonl") or {}).get("step")
         if self.before is not None and s.resume != "never":
             free = {"out_dir", "resume", "keep", "save_every", "sample_every", "eval_every", "device", "micro_batch_size",
                     "reference_cache"}
             changed = [f"{key} ({self.before.get(key)} → {value})" for key, value in settings.items()
-                       if key not in free and self.before.get(key) != value]
+                       if key not in free | {"inputs"} and self.before.get(key) != value]
+            changed = changed or [f"the contents of {path}" for path, digest in settings["inputs"].items()
+                                  if self.before.get("inputs", {}).get(path) != digest]
             if changed and s.resume != "force":
-                raise InputError(f"{self.out} holds a run with other settings: {', '.join(changed)}; use another --out_dir, "
+                raise InputError(f"{self.out} holds a run with other settings or data: {', '.join(changed)}; use another --out_dir, "
                                  f"--resume=never to start over or --resume=force to go on all the same.")
             if (self.out / "final").exists() and last == self.steps:
                 return None
             found = self.checkpoints()
             if found:
                 step = self.load_checkpoint(found[-1])
+                if step > self.steps:
+                    raise InputError(f"{self.out} has come to step {step} already, behind --steps={self.steps}; use another "
+                                     f"--out_dir or --resume=never.")
                 self.say(f"going on from {found[-1]}")
         self.ranks.wait()
         if self.ranks.rank == 0:
@@ -859,7 +923,7 @@ class Log:
 
 
 METRICS = ("loss margin refined_margin accuracy augmented_accuracy kl p p_hat chosen_logp rejected_logp response_length "
-           "finished judge_cut sample_seconds judge_seconds update_seconds").split()
+           "finished judge_cut prompt_cut sample_seconds judge_seconds update_seconds").split()
 
 
 def records(path):
@@ -886,6 +950,20 @@ def keep_records(path, step):
         os.replace(aside, path)
 
 
+def digest(*paths, sampled=False):
+    """SHA-256 of the files' contents, in 32 letters; sampled: of their sizes and 64 pieces of each, for files of many GB."""
+    total, piece = hashlib.sha256(), 1 << 16
+    for path in paths:
+        with open(path, "rb") as file:
+            size = os.path.getsize(path)
+            total.update(str(size).encode())
+            step = max(size // 64, piece) if sampled else piece
+            for place in range(0, size, step):
+                file.seek(place)
+                total.update(file.read(piece))
+    return total.hexdigest()[:32]
+
+
 def rounded(value):
     """Floats with eight significant digits: enough to compare float32 runs, short enough to read."""
     return float(f"{value:.8g}") if isinstance(value, float) else value
@@ -893,7 +971,7 @@ def rounded(value):
 
 def summary(metrics):
     """The few figures of a step that a person watches."""
-    shown = ("loss", "margin", "accuracy", "p", "p_hat", "kl", "response_length", "eval_loss", "eval_accuracy")
+    shown = ("loss", "margin", "refined_margin", "accuracy", "augmented_accuracy", "p", "p_hat", "kl", "response_length", "eval_loss", "eval_accuracy")
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
 
 
@@ -914,7 +992,11 @@ def main(settings):
     for name in ("model", "reference", "judge", "out_dir"):
         if getattr(settings, name) == "":
             raise InputError(f"--{name}= is empty.")
+    settings.check_used()
     if settings.model is None:         # an empty one is a mistake (an unset shell variable), not a wish for toys
+        for name in ("data", "prompts", "eval_data", "reference", "judge"):
+            if getattr(settings, name):
+                raise InputError(f"--{name} needs a model: --model=DIR. Without one, train.py runs on its own toy world.")
         import toy
         return toy.main(settings)
     return Trainer(settings).run()
