@@ -9,6 +9,7 @@ batched, nor rows that finish early can change a sample.
 
 Letters: P prompts, K samples a prompt, R rows (P·K at first), V vocabulary.
 """
+import codecs
 import json
 import math
 import sys
@@ -202,6 +203,7 @@ def main(settings):
         out = open(settings.out, "w", encoding="utf-8") if settings.out else sys.stdout
     except OSError as error:
         raise InputError(f"--out={settings.out}: cannot be written ({error.strerror}).") from None
+    escape = codecs.lookup(getattr(out, "encoding", None) or "utf-8").name != "utf-8"      # rows stay whole
     line = cli.StepLine(len(rows), "prompts", enabled=bool(settings.out))
     max_tokens = min(settings.max_tokens, net.config.context)      # a larger table and cache would never be filled
     for start in range(0, len(rows), settings.batch_size):
@@ -216,7 +218,7 @@ def main(settings):
         for i, samples in zip(batch, responses):
             print(json.dumps({"prompt": rows[i].prompt, "responses": [
                 {"text": response_text(tokenizer, s), "ids": s.ids, "logprob": round(s.logprob, 4), "finished": s.finished}
-                for s in samples]}, ensure_ascii=False), file=out, flush=True)
+                for s in samples]}, ensure_ascii=escape), file=out, flush=True)
         line.update(batch[-1] + 1)
     if settings.out:
         out.close()
