@@ -616,7 +616,8 @@ def read_row(record, need, where):
         raise Unusable("not a JSON object")
     record = {key: value for key, value in record.items() if value is not None}
     chosen = next((record[key] for key in ("chosen", "response", "completion", "output") if key in record), None)
-    rejected, p = record.get("rejected"), record.get("p")
+    rejected = record.get("rejected")
+    p = record.get("p") if rejected is not None else None      # a strength is one of two responses
     prompt = read_prompt(record, chosen is not None)
     if chosen is None and isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         prompt, chosen = prompt[:-1], prompt[-1:]              # a dialogue that ends with its answer
@@ -632,21 +633,28 @@ def read_row(record, need, where):
             raise Unusable("prompts differ")
     if query is None or query == []:
         raise Unusable("no prompt")
-    single = need == "judge" and "rejected" not in record
-    for name, text in [("chosen", chosen), ("rejected", rejected)][:{"prompts": 0, "responses": 1}.get(need, 2 - single)]:
-        if text is None:
-            raise Unusable(f"no {name} response")
-        if not text.strip() and not (need == "judge" and (chosen + (rejected or "")).strip()):
-            raise Unusable("empty response")
-    if need in ("prompts", "responses"):
-        return Row(query, chosen if need == "responses" else None, None, None, where)
-    if chosen == rejected:
-        raise Unusable("identical responses")
+    if need == "prompts":
+        return Row(query, None, None, None, where)
     if p is not None and (isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1):   # NaN fails too
         raise Unusable("p is not a number from 0 to 1")
     finished = record.get("finished", [True, True])            # in replayed rollouts
     if not isinstance(finished, list) or [type(f) for f in finished] != [bool, bool]:
         raise Unusable("finished is not a list of two booleans")
+    if need != "pairs" and p is not None and chosen is not None:                               # p says which one is better
+        if p == 0.5:
+            raise Unusable("p is exactly ½")
+        if p < 0.5:
+            chosen, rejected, finished, p = rejected, chosen, finished[::-1], 1 - p
+    single = need == "judge" and "rejected" not in record
+    for name, text in [("chosen", chosen), ("rejected", rejected)][:1 if need == "responses" or single else 2]:
+        if text is None:
+            raise Unusable(f"no {name} response")
+        if not text.strip() and not (need == "judge" and (chosen + (rejected or "")).strip()):
+            raise Unusable("empty response")
+    if need == "responses":
+        rejected = None
+    elif chosen == rejected:
+        raise Unusable("identical responses")
     return Row(query, chosen, rejected, p, where, tuple(finished))
 
 
@@ -694,8 +702,9 @@ def read_rows(path, need):
 
     The form is recognised row by row: HH dialogues; prompt/chosen/rejected as text or messages (UltraFeedback, TRL,
     replayed rollouts with p); ShareGPT; Alpaca; prompt/response; messages; text; prompt; MT-Bench turns.
-    need: "pairs" (chosen and rejected), "judge" (pairs of which one may be blank, or a response alone), "responses" (one
-    response; rejected is dropped) or "prompts".
+    need: "pairs" (chosen and rejected as they stand, and p where the row has one), "ordered pairs" (chosen is the better
+    one), "judge" (ordered pairs of which one may be blank, or a response alone), "responses" (the better one alone) or
+    "prompts". The better one is chosen, unless the row has a p below ½.
     Unusable rows are counted by reason. InputError: the file cannot be read, or has no usable row.
     """
     path = str(path)

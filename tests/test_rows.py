@@ -159,6 +159,34 @@ def test_a_replayed_rollout_keeps_its_strength(tmp_path):
     assert [row.p for row in rows] == [0.75, 0, 1, None]
 
 
+@pytest.mark.parametrize("need", ["ordered pairs", "judge", "responses"])
+def test_p_names_the_better_response(need, tmp_path):
+    """Where the better response is asked for, a p below ½ swaps the two with their ends, and ½ tells nothing."""
+    pair = {"prompt": "Q", "chosen": "a", "rejected": "b", "finished": [True, False]}
+    path = write(tmp_path / "a.jsonl", pair | {"p": 0.75}, pair | {"p": 0.25}, pair | {"p": 0.5}, pair, pair | {"p": 0})
+    rows, report = data.read_rows(path, need)
+    assert [row.chosen for row in rows] == ["a", "b", "a", "b"] and [row.p for row in rows] == [0.75, 0.75, None, 1]
+    assert [row.rejected for row in rows] == ([None] * 4 if need == "responses" else ["b", "a", "b", "a"])
+    assert [row.finished for row in rows] == [(True, False), (False, True)] * 2
+    assert report.skipped == {"p is exactly ½": [f"{path}:3"]}
+    tokenizer = FakeTokenizer()                              # a response that was cut gets no end
+    pairs, _ = data.encode_dataset(tokenizer, rows, "hh", 100, 50)
+    assert [tokenizer.eos_id in pair.chosen for pair in pairs] == [True, False] * 2
+    rows, report = data.read_rows(path, "pairs")             # soft labels take the row as it stands
+    assert [(row.chosen, row.p) for row in rows] == [("a", 0.75), ("a", 0.25), ("a", 0.5), ("a", None), ("a", 0)]
+
+
+def test_p_of_a_blank_or_a_lone_response(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "Q", "chosen": "", "rejected": "b", "p": 0.1},
+                 {"prompt": "Q", "response": "a", "p": 0.1})
+    rows, _ = data.read_rows(path, "judge")
+    assert [(row.chosen, row.rejected) for row in rows] == [("b", ""), ("a", None)]
+    rows, _ = data.read_rows(path, "responses")
+    assert [row.chosen for row in rows] == ["b", "a"]
+    assert counts(data.read_rows(write(tmp_path / "b.jsonl", {"prompt": "Q", "response": "a"}, {
+        "prompt": "Q", "response": "a", "finished": True}), "responses")[1]) == {"finished is not a list of two booleans": 1}
+
+
 def test_unusable_rows_are_counted_by_reason_and_named(tmp_path):
     good = {"prompt": "Q", "chosen": "a", "rejected": "b"}
     bad = {
