@@ -410,10 +410,32 @@ def test_bad_input_is_one_line(name, folders, tmp_path, capsys, monkeypatch):
     assert code == 1 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: ") and word in err
 
 
-def test_a_prompt_without_room_is_named(folders, tmp_path, capsys, monkeypatch):
-    prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The river"}, {"prompt": "The river " * 600}])
-    code, out, err = command(capsys, monkeypatch, f"--model={folders['llama']}", f"--prompts={prompts}")
-    assert code == 1 and out == "" and "prompts.jsonl:2" in err
+def test_a_file_of_plain_prompts_with_a_format(folders, tmp_path, capsys, monkeypatch):
+    """With --chat a file's texts are asked as --prompt is; the rows keep them as they were given."""
+    prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The old river"}])
+    for chat in ([], ["--chat=hh"], ["--chat=zephyr"]):
+        model = [f"--model={folders['llama']}", "--max_tokens=5", *chat]
+        one = json.loads(command(capsys, monkeypatch, *model, "--prompt=The old river")[1])
+        row = json.loads(command(capsys, monkeypatch, *model, f"--prompts={prompts}")[1])
+        assert row["responses"] == one["responses"] and row["prompt"] == "The old river"
+
+
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_long_prompts_of_a_file_lose_their_front(family, folders, tmp_path, capsys, monkeypatch):
+    """Of a context of 512, max_tokens or at most half are left for the answer; what fits is not touched."""
+    net, tokenizer = sample.load_model(folders[family], "float32", "cpu")
+    ids = [tokenizer.encode("The" + "!" * n) for n in (5, 2000)]
+    prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The" + "!" * n} for n in (5, 2000)])
+    seen = []
+    generate = sample.generate
+    monkeypatch.setattr(sample, "generate", lambda net, prompts, *rest: seen.extend(prompts) or generate(net, prompts, *rest))
+    for max_tokens, room in ((3, 3), (10 ** 6, 256)):
+        seen.clear()
+        code, out, err = command(capsys, monkeypatch, f"--model={folders[family]}", f"--prompts={prompts}",
+                                 f"--max_tokens={max_tokens}")
+        assert code == 0 and len(out.splitlines()) == 2 and "1 of 2 prompts" in err
+        bos = tokenizer.prefix(False)
+        assert seen == [bos + ids[0], bos + ids[1][-(512 - room - len(bos)):]]
 
 
 def test_the_context_is_never_left(folders, capsys, monkeypatch):
