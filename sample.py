@@ -190,7 +190,7 @@ def main(settings):
     max_tokens = min(settings.max_tokens, context)                 # a larger table and cache would never be filled
     for i, ids in enumerate(prompts):
         if len(ids) >= context and settings.prompt is not None:
-            raise InputError(f"--prompt takes {len(ids)} tokens; the model's context of {context} has no room left for an answer.")
+            raise InputError(f"--prompt takes {len(ids)} tokens; the model's context of {context} has no room for an answer.")
         if len(ids) >= context:        # the front gives way, as in training, so that max_tokens or half the context are left
             prefix = tokenizer.prefix(False)
             keep = context - len(prefix) - max(1, min(max_tokens, context // 2))
