@@ -5,6 +5,7 @@ A script declares one dataclass; the comment on each field is its documentation 
 configuration language besides it.
 """
 import dataclasses
+import difflib
 import inspect
 import json
 import os
@@ -57,7 +58,7 @@ def convert(text, kind):
         return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
     if typing.get_origin(kind) is list:
         item = typing.get_args(kind)[0]
-        return [convert(part, item) for part in text.split(",") if part]
+        return [convert(part.strip(), item) for part in text.split(",") if part.strip()]
     return number(text) if kind is int else kind(text)
 
 
@@ -80,6 +81,18 @@ def kind_name(kind):
     return kind.__name__ if isinstance(kind, type) and typing.get_origin(kind) is None else str(kind)
 
 
+ELSEWHERE = {"learning_rate": "lr", "max_grad_norm": "grad_clip", "max_steps": "steps", "eval_steps": "eval_every",
+             "save_steps": "save_every", "num_return_sequences": "k"}      # what transformers calls them
+
+
+def nearest(key, names):
+    """The one of `names` that whoever typed `key` may have meant, or None. One or two letters alone say nothing."""
+    key = key.replace("-", "_").lower()
+    close = [name for name in names if name == ELSEWHERE.get(key)] + difflib.get_close_matches(key, names, 1, cutoff=0.7)
+    close += [name for name in names if min(len(name), len(key)) >= 3 and (name in key or key in name)]
+    return close[0] if close else None
+
+
 def parse(cls, arguments):
     """An instance of the dataclass `cls` from ['--key=value', …]; --help prints the fields and leaves.
 
@@ -96,13 +109,13 @@ def parse(cls, arguments):
                 print(f"  --{field.name}={shown}"
                       f"  ({kind_name(kinds[field.name])})" + (f"\n        {comment}" if comment else ""))
             sys.exit(0)
-        match = re.fullmatch(r"--([A-Za-z_]\w*)(?:=(.*))?", argument, re.DOTALL)
+        match = re.fullmatch(r"--([A-Za-z_][\w-]*)(?:=(.*))?", argument, re.DOTALL)
         if not match:
             raise InputError(f"cannot read the argument {argument!r}: write --key=value.")
         key, text = match[1], match[2]
         if key not in kinds:
-            near = [name for name in kinds if name[:3] == key[:3] or name in key or key in name]
-            raise InputError(f"there is no setting --{key}" + (f"; did you mean --{near[0]}?" if near else "; --help lists them."))
+            near = nearest(key, kinds)
+            raise InputError(f"there is no setting --{key}" + (f"; did you mean --{near}?" if near else "; --help lists them."))
         if key in given:
             raise InputError(f"--{key} is given twice.")
         if text is None and kinds[key] is not bool:
@@ -118,6 +131,9 @@ def parse(cls, arguments):
 
 def run(main, cls):
     """The body of every script: parse the settings, call main(settings), and turn bad input into one line and exit 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):        # a terminal that is not UTF-8 shows ? for what it lacks
+            stream.reconfigure(errors="replace")
     try:
         return main(parse(cls, sys.argv[1:]))
     except InputError as error:

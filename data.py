@@ -616,7 +616,8 @@ def read_row(record, need, where):
         raise Unusable("not a JSON object")
     record = {key: value for key, value in record.items() if value is not None}
     chosen = next((record[key] for key in ("chosen", "response", "completion", "output") if key in record), None)
-    rejected, p = record.get("rejected"), record.get("p")
+    rejected = record.get("rejected")
+    p = record.get("p") if rejected is not None else None      # a strength is one of two responses
     prompt = read_prompt(record, chosen is not None)
     if chosen is None and isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         prompt, chosen = prompt[:-1], prompt[-1:]              # a dialogue that ends with its answer
@@ -632,21 +633,28 @@ def read_row(record, need, where):
             raise Unusable("prompts differ")
     if query is None or query == []:
         raise Unusable("no prompt")
-    single = need == "judge" and "rejected" not in record
-    for name, text in [("chosen", chosen), ("rejected", rejected)][:{"prompts": 0, "responses": 1}.get(need, 2 - single)]:
-        if text is None:
-            raise Unusable(f"no {name} response")
-        if not text.strip() and not (need == "judge" and (chosen + (rejected or "")).strip()):
-            raise Unusable("empty response")
-    if need in ("prompts", "responses"):
-        return Row(query, chosen if need == "responses" else None, None, None, where)
-    if chosen == rejected:
-        raise Unusable("identical responses")
+    if need == "prompts":
+        return Row(query, None, None, None, where)
     if p is not None and (isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1):   # NaN fails too
         raise Unusable("p is not a number from 0 to 1")
     finished = record.get("finished", [True, True])            # in replayed rollouts
     if not isinstance(finished, list) or [type(f) for f in finished] != [bool, bool]:
         raise Unusable("finished is not a list of two booleans")
+    if need != "pairs" and p is not None and chosen is not None:                               # p says which one is better
+        if p == 0.5:
+            raise Unusable("p is exactly ½")
+        if p < 0.5:
+            chosen, rejected, finished, p = rejected, chosen, finished[::-1], 1 - p
+    single = need == "judge" and "rejected" not in record
+    for name, text in [("chosen", chosen), ("rejected", rejected)][:1 if need == "responses" or single else 2]:
+        if text is None:
+            raise Unusable(f"no {name} response")
+        if not text.strip() and not (need == "judge" and (chosen + (rejected or "")).strip()):
+            raise Unusable("empty response")
+    if need == "responses":
+        rejected = None
+    elif chosen == rejected:
+        raise Unusable("identical responses")
     return Row(query, chosen, rejected, p, where, tuple(finished))
 
 
@@ -694,8 +702,9 @@ def read_rows(path, need):
 
     The form is recognised row by row: HH dialogues; prompt/chosen/rejected as text or messages (UltraFeedback, TRL,
     replayed rollouts with p); ShareGPT; Alpaca; prompt/response; messages; text; prompt; MT-Bench turns.
-    need: "pairs" (chosen and rejected), "judge" (pairs of which one may be blank, or a response alone), "responses" (one
-    response; rejected is dropped) or "prompts".
+    need: "pairs" (chosen and rejected as they stand, and p where the row has one), "ordered pairs" (chosen is the better
+    one), "judge" (ordered pairs of which one may be blank, or a response alone), "responses" (the better one alone) or
+    "prompts". The better one is chosen, unless the row has a p below ½.
     Unusable rows are counted by reason. InputError: the file cannot be read, or has no usable row.
     """
     path = str(path)
@@ -742,8 +751,9 @@ def read_data(specs, need, seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text to ids. A sequence is prefix ⊕ p? ⊕ x ⊕ y; each part is encoded on its own and joined as ids, so x and y are
-# the same tokens with p and without it. Only the code here inserts special ids; contents are plain text.
+# Text to ids. A sequence is prefix ⊕ p? ⊕ x ⊕ y; each part is encoded on its own and joined as ids. So y is the same
+# tokens with p and without it, and x is but for its start: alone it has sentencepiece's word-start, behind p it goes on as
+# text does, after a space. Only the code here inserts special ids; contents are plain text.
 
 REFINEMENT_PROMPT = (      # p of paper 1, prepended to the query
     "Please generate a response with a usefulness rating of 100 out of 100 for the following query. Note that the "
@@ -762,10 +772,12 @@ def special_id(tokenizer, chat, token):
 # Contents from HH files lose the one leading space that HH's layout gives them.
 
 def chat_hh(tokenizer, messages):
+    """The text of Anthropic's HH-RLHF dialogues, which has no marks of its own."""
     return tokenizer.encode(hh_text(messages) + ASSISTANT)
 
 
-def chat_zephyr(tokenizer, messages):            # HuggingFaceH4/zephyr-7b-beta, where the role marks are plain text
+def chat_zephyr(tokenizer, messages):
+    """HuggingFaceH4/zephyr-7b-beta's template, where the role marks are plain text; StableLM's have ids."""
     ids, before = [], ""
     for message in [*messages, {"role": "assistant", "content": ""}]:
         mark, text = f"<|{message['role']}|>", "\n" + message["content"].removeprefix(" ")
@@ -779,6 +791,7 @@ def chat_zephyr(tokenizer, messages):            # HuggingFaceH4/zephyr-7b-beta,
 
 
 def chat_chatml(tokenizer, messages):
+    """OpenAI's ChatML, as Qwen's and OpenHermes' templates have it, without a system turn that nobody gave."""
     start, end = (special_id(tokenizer, "chatml", token) for token in ("<|im_start|>", "<|im_end|>"))
     ids = []
     for message in messages:
@@ -787,7 +800,8 @@ def chat_chatml(tokenizer, messages):
     return ids + [start, *tokenizer.encode("assistant\n")]
 
 
-def chat_llama3(tokenizer, messages):            # Meta-Llama-3-Instruct, whose template trims the contents
+def chat_llama3(tokenizer, messages):
+    """Meta-Llama-3-Instruct's template, which trims the contents."""
     start, end, eot = (special_id(tokenizer, "llama3", token)
                        for token in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
     ids = []
@@ -797,7 +811,8 @@ def chat_llama3(tokenizer, messages):            # Meta-Llama-3-Instruct, whose 
     return ids + [start, *tokenizer.encode("assistant"), end, *tokenizer.encode("\n\n")]
 
 
-def chat_mistral(tokenizer, messages):           # Mistral-7B-Instruct-v0.2; from v0.3 on the brackets have ids
+def chat_mistral(tokenizer, messages):
+    """Mistral-7B-Instruct-v0.2's template; from v0.3 on the brackets have ids."""
     marks = [tokenizer.special_ids[mark] for mark in ("[INST]", "[/INST]") if mark in tokenizer.special_ids]
     ids, system = [], ""
     for message in messages:
@@ -823,24 +838,38 @@ CHATS = {       # name: (the prompt's ids, what stands between prompt and answer
 
 
 def check_chat(tokenizer, chat):
-    """The name of the chat format to use: `chat`; hh when it is None and the model's folder has no template.
+    """`chat` once it is known to fit: a format, or None, where messages are written as hh and plain text stays verbatim.
 
     InputError: no such format, the tokenizer lacks its special tokens, or the folder's template asks for a choice.
     """
-    if chat is None and tokenizer.chat_template:
-        raise InputError(f"the model's folder has a chat template: choose a format with --chat={'|'.join(CHATS)}.")
-    chat = chat or "hh"
+    if chat is None:
+        if tokenizer.chat_template:
+            raise InputError(f"the model's folder has a chat template: choose a format with --chat={'|'.join(CHATS)}.")
+        return None
     if chat not in CHATS:
         raise InputError(f"--chat={chat}: there is no such format; choose one of {', '.join(CHATS)}.")
     CHATS[chat][0](tokenizer, [])                # raises when a special token is missing
     return chat
 
 
+def in_turns(prompt, chat):
+    """The prompt as messages where a format was chosen: plain text is one user's turn, the text of an HH dialogue its turns.
+
+    What has no text to ask, or stops inside of an HH dialogue, stays as it stands.
+    """
+    if chat is None or not isinstance(prompt, str) or not prompt.strip():
+        return prompt
+    text = prompt.rstrip(" ")
+    if text.endswith(ASSISTANT):
+        return hh_prompt(text.removesuffix(ASSISTANT))
+    return prompt if "\n\nHuman:" in text else [{"role": "user", "content": prompt}]
+
+
 def prompt_ids(tokenizer, prompt, chat):
     """Ids of x: messages in the chat's format; plain text verbatim, its trailing spaces left to the response."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt.rstrip(" "))
-    return CHATS[chat][0](tokenizer, prompt)
+    return CHATS[chat or "hh"][0](tokenizer, prompt)
 
 
 def query_ids(tokenizer, refinement_prompt, prompt, chat):
@@ -848,7 +877,7 @@ def query_ids(tokenizer, refinement_prompt, prompt, chat):
     if not refinement_prompt:
         return prompt_ids(tokenizer, prompt, chat)                   # the empty p changes nothing
     p = tokenizer.encode(refinement_prompt)
-    if isinstance(prompt, list) and chat != "hh":
+    if isinstance(prompt, list) and chat not in (None, "hh"):
         return p + prompt_ids(tokenizer, prompt, chat)
     text = prompt.rstrip(" ") if isinstance(prompt, str) else hh_text(prompt) + ASSISTANT
     return p + tokenizer.encode_after(" " + text if text and not text[0].isspace() else text)
@@ -862,7 +891,7 @@ def response_ids(tokenizer, prompt, response, chat, complete=True):
         response = prompt[len(text):] + response
         ids = tokenizer.encode_after(response) if text else tokenizer.encode(response)
     else:
-        between, end = CHATS[chat][1], end_id(tokenizer, chat)
+        between, end = CHATS[chat or "hh"][1], end_id(tokenizer, chat)
         if not between:
             response = response.removeprefix(" ")                    # HH's space; the format has ended its own line
         elif not response[:1].isspace():
@@ -873,7 +902,7 @@ def response_ids(tokenizer, prompt, response, chat, complete=True):
 
 def end_id(tokenizer, chat):
     """The id that ends an answer: EOS, or the mark of the dialogue format."""
-    name = CHATS[chat][2]
+    name = CHATS[chat or "hh"][2]
     return special_id(tokenizer, chat, name) if name else tokenizer.eos_id
 
 
@@ -904,7 +933,7 @@ def fit(prefix, x, responses, max_length, max_prompt_length):
 class Pair:
     """A row as ids; chosen and rejected go behind x, and behind px with the same ids."""
     x: list[int]                  # prefix included
-    px: list[int] | None          # prefix, p and the same cut of x; None without a refinement prompt
+    px: list[int] | None          # prefix, p, and x as it goes on behind p, cut alike; None without a refinement prompt
     chosen: list[int] | None      # None for a prompt-only row
     rejected: list[int] | None    # None outside pairs
     p: float | None
@@ -918,10 +947,11 @@ def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_
 
     Unusable: chosen and rejected have the same ids, by themselves or once cut.
     """
-    x = prompt_ids(tokenizer, row.prompt, chat)
+    prompt = in_turns(row.prompt, chat)
+    x = prompt_ids(tokenizer, prompt, chat)
     prefix = tokenizer.prefix(empty=not x)
     texts = [text for text in (row.chosen, row.rejected) if text is not None]
-    responses = [response_ids(tokenizer, row.prompt, text, chat, finished) for text, finished in zip(texts, row.finished)]
+    responses = [response_ids(tokenizer, prompt, text, chat, finished) for text, finished in zip(texts, row.finished)]
     x_cut, y_cut, cut = fit(prefix, x, responses or [[tokenizer.eos_id] * max_tokens], max_length, max_prompt_length)
     chosen, rejected = [*y_cut[:len(texts)], None, None][:2]
     if rejected is not None and chosen == rejected:
@@ -929,7 +959,7 @@ def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_
     px = None
     if refinement_prompt is not None:
         # x is cut before p is put in front: the other way round the cut would take p away
-        px = query_ids(tokenizer, refinement_prompt, row.prompt, chat)
+        px = query_ids(tokenizer, refinement_prompt, prompt, chat)
         start = len(tokenizer.encode(refinement_prompt))
         dropped = max(len(px) - start - len(x_cut), 0) if len(x_cut) < len(x) else 0
         px = tokenizer.prefix(empty=not px) + px[:start] + px[start + dropped:]

@@ -265,6 +265,13 @@ def flips(verdicts):
     return (a != b).numpy()
 
 
+def wilson(mean, n):
+    """Wilson's 95 % interval (low, high) of a share `mean` among n independent trials."""
+    z = 1.96
+    centre, width = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    return float((centre - width) / (1 + z * z / n)), float((centre + width) / (1 + z * z / n))
+
+
 def win_rate(verdicts, groups):
     """Win, tie and lose shares of the first of each pair; a tie is a pair on which the orders disagree, or p = ½.
 
@@ -273,11 +280,10 @@ def win_rate(verdicts, groups):
     """
     p, tie = verdicts.p.numpy(), flips(verdicts) | (verdicts.p.numpy() == 0.5)
     score = np.where(tie, 0.5, p > 0.5)
-    mean, n, z = score.mean(), len(set(groups)), 1.96
-    centre, width = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    low, high = (centre - width) / (1 + z * z / n), (centre + width) / (1 + z * z / n)
+    mean = score.mean()
+    low, high = wilson(mean, len(set(groups)))
     return {"n": len(p), "win": float((score == 1).mean()), "tie": float(tie.mean()), "lose": float((score == 0).mean()),
-            "win_rate": float(mean), "ci_low": float(low), "ci_high": float(high)}
+            "win_rate": float(mean), "ci_low": low, "ci_high": high}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,11 +351,12 @@ def paired_responses(settings):
 
 
 def main(settings):
+    """Ask the judge about every pair of --data, or of --a and --b; the last line printed is the report."""
     net, tokenizer = load_model(settings.model, settings.dtype, pick_device(settings.device))
     context = net.config.context
     questioner = Questioner(tokenizer, settings.judge_task, min(settings.max_length or context, context))
     if settings.data is not None:
-        rows, read = data.read_rows(settings.data, "pairs")
+        rows, read = data.read_rows(settings.data, "ordered pairs")
         print(read)
         pairs = [(data.context_text(row.prompt), row.chosen, row.rejected) for row in rows[:settings.limit]]
     else:

@@ -9,6 +9,7 @@ batched, nor rows that finish early can change a sample.
 
 Letters: P prompts, K samples a prompt, R rows (P·K at first), V vocabulary.
 """
+import codecs
 import json
 import math
 import sys
@@ -136,8 +137,8 @@ def response_text(tokenizer, sample):
 class Settings:
     """Generate responses from a checkpoint: one line of JSON a prompt, {"prompt", "responses": [{"text", "ids", …}]}."""
     model: str = ""                # folder with config.json, safetensors and a tokenizer
-    prompt: str | None = None      # one prompt; with --chat it becomes a user's turn, without it is continued as it stands
-    prompts: str | None = None     # or a file of prompts: .jsonl, .jsonl.gz or .json
+    prompt: str | None = None      # one prompt; with --chat text becomes a user's turn, without it is continued as it stands
+    prompts: str | None = None     # or a file of prompts: .jsonl, .jsonl.gz or .json; text as above
     k: int = 1                     # responses a prompt
     temperature: float = 0.7       # 0 is greedy
     top_p: float = 0.9             # sample from the fewest tokens that hold this much probability
@@ -189,22 +190,29 @@ def load_model(folder, dtype, device):
 
 
 def main(settings):
+    """Write k responses to each prompt as rows of JSON; one response to one --prompt on a terminal is streamed as text."""
     device = pick_device(settings.device)
     net, tokenizer = load_model(settings.model, settings.dtype, device)
     chat = data.check_chat(tokenizer, settings.chat)
     if settings.prompt is not None:
-        given = [{"role": "user", "content": settings.prompt}] if settings.chat else settings.prompt
-        rows = [data.Row(given, None, None, None, "--prompt")]
+        rows = [data.Row(data.in_turns(settings.prompt, chat), None, None, None, "--prompt")]
     else:
         rows, report = data.read_rows(settings.prompts, "prompts")
         print(report, file=sys.stderr)
-    prompts = [data.prompt_ids(tokenizer, row.prompt, chat) for row in rows]
+    prompts = [data.prompt_ids(tokenizer, data.in_turns(row.prompt, chat), chat) for row in rows]
     prompts = [tokenizer.prefix(not ids) + ids for ids in prompts]
-    room = [net.config.context - len(ids) for ids in prompts]
-    for row, ids, left in zip(rows, prompts, room):
-        if left < 1:
-            raise InputError(f"{row.where}: the prompt takes {len(ids)} tokens and leaves no room to answer in the model's "
-                             f"context of {net.config.context}.")
+    context, cut = net.config.context, 0
+    max_tokens = min(settings.max_tokens, context)                 # a larger table and cache would never be filled
+    for i, ids in enumerate(prompts):
+        if len(ids) >= context and settings.prompt is not None:
+            raise InputError(f"--prompt takes {len(ids)} tokens; the model's context of {context} has no room for an answer.")
+        if len(ids) >= context:        # the front gives way, as in training, so that max_tokens or half the context are left
+            prefix = tokenizer.prefix(False)
+            keep = context - len(prefix) - max(1, min(max_tokens, context // 2))
+            prompts[i], cut = prefix + ids[len(ids) - keep:], cut + 1
+    if cut:
+        print(f"{cut} of {len(rows)} prompts do not fit the context of {context} and lost their front", file=sys.stderr)
+    room = [context - len(ids) for ids in prompts]
     stop_ids, allowed = stopping(tokenizer, chat, net.config)
     streaming = settings.prompt is not None and settings.k == 1 and settings.out is None and sys.stdout.isatty()
     stream = tokenizer.stream(continues=True) if streaming else None
@@ -217,8 +225,8 @@ def main(settings):
         out = open(settings.out, "w", encoding="utf-8") if settings.out else sys.stdout
     except OSError as error:
         raise InputError(f"--out={settings.out}: cannot be written ({error.strerror}).") from None
+    escape = codecs.lookup(getattr(out, "encoding", None) or "utf-8").name != "utf-8"      # rows stay whole
     line = cli.StepLine(len(rows), "prompts", enabled=bool(settings.out))
-    max_tokens = min(settings.max_tokens, net.config.context)      # a larger table and cache would never be filled
     for start in range(0, len(rows), settings.batch_size):
         batch = range(start, min(start + settings.batch_size, len(rows)))
         table = torch.stack([uniforms(settings.seed, 0, i, settings.k, max_tokens) for i in batch])
@@ -231,7 +239,7 @@ def main(settings):
         for i, samples in zip(batch, responses):
             print(json.dumps({"prompt": rows[i].prompt, "responses": [
                 {"text": response_text(tokenizer, s), "ids": s.ids, "logprob": round(s.logprob, 4), "finished": s.finished}
-                for s in samples]}, ensure_ascii=False), file=out, flush=True)
+                for s in samples]}, ensure_ascii=escape), file=out, flush=True)
         line.update(batch[-1] + 1)
     if settings.out:
         out.close()

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -338,11 +339,14 @@ def write_rows(path, rows):
 
 
 def write_world(folder, family, seed):
-    """All files of the job: folder/*.jsonl and the untrained folder/model."""
+    """All files of the job: folder/*.jsonl, the untrained folder/model, and at the end what they were made from, world.json."""
+    (folder / "world.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "model", ignore_errors=True)        # the other family's tokenizer must not stay
     for name, rows in world(seed).items():
         folder.mkdir(parents=True, exist_ok=True)
         write_rows(folder / f"{name}.jsonl", rows)
     write_model(folder / "model", family, seed)
+    write_json(folder / "world.json", dict(family=family, seed=seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,8 +481,16 @@ def main(settings):
     """The whole path, from texts to the table; `settings` are train.Settings without a model."""
     started, out = time.time(), Path(settings.out_dir)
     ranks = train.Ranks.start(settings.device)
+    asked = dict(family=settings.toy_family, seed=settings.seed)
+    made = cli.read_json(out / "world" / "world.json", absent={})
+    if made and made != asked:
+        if settings.resume == "auto":
+            raise cli.InputError(f"{out / 'world'} was made with --toy_family={made.get('family')} --seed={made.get('seed')}; "
+                                 f"use another --out_dir, or --resume=never to start over.")
+        settings.given["resume"] = "never"        # models of another world are nothing to go on from, not even by force
     stages = plan(settings)
-    if ranks.rank == 0 and not (out / "world" / "model" / "model.safetensors").exists():
+    ranks.wait()                                  # all ranks have read world.json
+    if ranks.rank == 0 and made != asked:
         write_world(out / "world", settings.toy_family, settings.seed)
     ranks.wait()
     for stage in stages.values():

@@ -406,6 +406,21 @@ def test_augmentation(n, name, tokenizers):
     assert sum(at_a) == math.ceil(n / 2)
 
 
+def test_augmentation_with_a_blank_slot(tokenizers, tmp_path):
+    """Rows with one blank response become instructions with an empty slot that still ends with the better one's name."""
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Q", "chosen": "a" * (i % 2), "rejected": "a" * (1 - i % 2)}
+                                                   for i in range(8)])
+    some, tokenizer = data.read_rows(path, "judge")[0], tokenizers["llama-600"]
+    sequences, starts, _ = judge.augmentation(judge.Questioner(tokenizer, "helpful", ROOM), some, 0)
+    seen = set()
+    for row, ids, start in zip(some, sequences, starts):
+        text, answer = tokenizer.decode(ids[1:start]), tokenizer.decode(ids[start:]).strip()
+        a, b = (re.search(f"RESPONSE {name}:(.*)", text)[1].strip() for name in "AB")
+        assert {a, b} == {"a", ""} and {"A": a, "B": b}[answer] == row.chosen
+        seen.add((answer, row.chosen))
+    assert len(seen) == 4
+
+
 def test_augmentation_is_a_function_of_the_seed(tokenizers):
     questioner = judge.Questioner(tokenizers["neox-420"], "helpful", ROOM)
     one, again, other = (judge.augmentation(questioner, rows(40), seed)[0] for seed in (0, 0, 1))
@@ -485,6 +500,7 @@ def test_win_rate_at_its_ends():
         assert [sure[key] for key in COMPARE_KEYS[1:]] == pytest.approx([1, 0, 0, 1, n / (n + 3.8416), 1])
         assert [lost[key] for key in COMPARE_KEYS[1:]] == pytest.approx([0, 0, 1, 0, 0, 3.8416 / (n + 3.8416)], abs=1e-12)
     assert judge.win_rate(verdicts(WIN, WIN, WIN), [0, 0, 0])["ci_low"] == pytest.approx(1 / 4.8416)
+    assert judge.wilson(1, 1) == pytest.approx((1 / 4.8416, 1))
 
 
 def test_the_same_responses_tie_however_biased_the_judge():
@@ -537,6 +553,16 @@ def test_judging_a_preference_file(model_folder, ask, result, tmp_path):
     assert found == pytest.approx(expected, abs=1e-3) and found["accuracy"] != 0.5
     few = result(f"--data={path}", "--limit=3", "--max_length=140")
     assert few["n"] == 3 and few["cut"] > 0
+
+
+def test_a_p_below_half_names_the_other_response(ask, result, tmp_path):
+    """Rows with p = 0.1 are judged as the swapped rows are; p = ½ is left out and said."""
+    given = tiny.pairs(6)
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"], "p": 0.1} for row in given]
+    plain = result(f"--data={tiny.write_jsonl(tmp_path / 'plain.jsonl', given)}")
+    path = tiny.write_jsonl(tmp_path / "p.jsonl", [*swapped, given[0] | {"p": 0.5}])
+    assert result(f"--data={path}") == plain
+    assert "1 p is exactly ½ at 7" in ask(f"--data={path}")[1][0]
 
 
 def responses(*texts):

@@ -159,6 +159,34 @@ def test_a_replayed_rollout_keeps_its_strength(tmp_path):
     assert [row.p for row in rows] == [0.75, 0, 1, None]
 
 
+@pytest.mark.parametrize("need", ["ordered pairs", "judge", "responses"])
+def test_p_names_the_better_response(need, tmp_path):
+    """Where the better response is asked for, a p below ½ swaps the two with their ends, and ½ tells nothing."""
+    pair = {"prompt": "Q", "chosen": "a", "rejected": "b", "finished": [True, False]}
+    path = write(tmp_path / "a.jsonl", pair | {"p": 0.75}, pair | {"p": 0.25}, pair | {"p": 0.5}, pair, pair | {"p": 0})
+    rows, report = data.read_rows(path, need)
+    assert [row.chosen for row in rows] == ["a", "b", "a", "b"] and [row.p for row in rows] == [0.75, 0.75, None, 1]
+    assert [row.rejected for row in rows] == ([None] * 4 if need == "responses" else ["b", "a", "b", "a"])
+    assert [row.finished for row in rows] == [(True, False), (False, True)] * 2
+    assert report.skipped == {"p is exactly ½": [f"{path}:3"]}
+    tokenizer = FakeTokenizer()                              # a response that was cut gets no end
+    pairs, _ = data.encode_dataset(tokenizer, rows, None, 100, 50)
+    assert [tokenizer.eos_id in pair.chosen for pair in pairs] == [True, False] * 2
+    rows, report = data.read_rows(path, "pairs")             # soft labels take the row as it stands
+    assert [(row.chosen, row.p) for row in rows] == [("a", 0.75), ("a", 0.25), ("a", 0.5), ("a", None), ("a", 0)]
+
+
+def test_p_of_a_blank_or_a_lone_response(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "Q", "chosen": "", "rejected": "b", "p": 0.1},
+                 {"prompt": "Q", "response": "a", "p": 0.1})
+    rows, _ = data.read_rows(path, "judge")
+    assert [(row.chosen, row.rejected) for row in rows] == [("b", ""), ("a", None)]
+    rows, _ = data.read_rows(path, "responses")
+    assert [row.chosen for row in rows] == ["b", "a"]
+    assert counts(data.read_rows(write(tmp_path / "b.jsonl", {"prompt": "Q", "response": "a"}, {
+        "prompt": "Q", "response": "a", "finished": True}), "responses")[1]) == {"finished is not a list of two booleans": 1}
+
+
 def test_unusable_rows_are_counted_by_reason_and_named(tmp_path):
     good = {"prompt": "Q", "chosen": "a", "rejected": "b"}
     bad = {
@@ -380,6 +408,24 @@ def test_chats_spell_their_templates(chat):
     assert tokenizer.decode(y) == "\n- one" + end
 
 
+@pytest.mark.parametrize("chat", data.CHATS)
+def test_plain_text_is_a_user_turn_where_a_format_was_chosen(chat):
+    """Text is encoded as the message it stands for, answer included; without a format verbatim. HH texts are dialogues."""
+    tokenizer = FakeTokenizer(MARKS, word_start=chat != "llama3")
+
+    def encode(prompt, chat):
+        pair = data.encode_pair(tokenizer, data.Row(prompt, "Sure", None, None, "f:1"), chat, 1000, 1000, "p")
+        return pair.x, pair.px, pair.chosen
+
+    for text, messages in (("What is 2+2?", [user("What is 2+2?")]), (HH, TALK), (HH + " ", TALK)):
+        assert encode(text, chat) == encode(messages, chat)
+    assert encode("What is 2+2?", chat) != encode("What is 2+2?", None)
+    assert tokenizer.decode(encode("What is 2+2?", None)[0]) == "<s>" + " " * (chat != "llama3") + "What is 2+2?"
+    for text in ("", " ", HH + " Well", "Be kind." + HH):        # nothing asked, an answer begun, a text in front
+        assert data.in_turns(text, chat) == text and encode(text, chat)[0] == encode(text, None)[0]
+    assert data.in_turns(TALK, chat) is TALK and data.in_turns("Q", None) == "Q"
+
+
 def test_marks_with_ids_of_their_own():
     """Tokenizers that have the marks as special tokens (StableLM's Zephyr, Mistral v0.3) get the ids."""
     tokenizer = FakeTokenizer(["<|user|>", "<|assistant|>", "[INST]", "[/INST]"])
@@ -400,7 +446,7 @@ def test_special_strings_in_contents_are_plain_text():
 
 def test_check_chat():
     tokenizer = FakeTokenizer(MARKS)
-    assert data.check_chat(tokenizer, None) == "hh" and data.check_chat(tokenizer, "llama3") == "llama3"
+    assert data.check_chat(tokenizer, None) is None and data.check_chat(tokenizer, "llama3") == "llama3"
     with pytest.raises(InputError, match="hh, zephyr, chatml, llama3, mistral"):
         data.check_chat(tokenizer, "alpaca")
     with pytest.raises(InputError, match=r"--chat=chatml needs the special token <\|im_start\|>"):
@@ -415,13 +461,13 @@ def test_check_chat():
 
 def test_trailing_spaces_of_a_plain_prompt_belong_to_the_response():
     tokenizer = FakeTokenizer()
-    assert data.prompt_ids(tokenizer, "Q:  ", "hh") == data.prompt_ids(tokenizer, "Q:", "hh") == tokenizer.encode("Q:")
-    assert tokenizer.decode(data.response_ids(tokenizer, "Q: ", "a b", "hh")) == " a b</s>"
-    assert data.response_ids(tokenizer, "Q: ", "a", "hh") == data.response_ids(tokenizer, "Q:", " a", "hh")
-    assert tokenizer.decode(data.prompt_ids(tokenizer, "Q:\n", "hh")) == " Q:\n"
+    assert data.prompt_ids(tokenizer, "Q:  ", None) == data.prompt_ids(tokenizer, "Q:", None) == tokenizer.encode("Q:")
+    assert tokenizer.decode(data.response_ids(tokenizer, "Q: ", "a b", None)) == " a b</s>"
+    assert data.response_ids(tokenizer, "Q: ", "a", None) == data.response_ids(tokenizer, "Q:", " a", None)
+    assert tokenizer.decode(data.prompt_ids(tokenizer, "Q:\n", None)) == " Q:\n"
     # text without a prompt is met alone: it has its word-start
-    assert data.prompt_ids(tokenizer, "", "hh") == [] and data.prompt_ids(tokenizer, " ", "hh") == []
-    assert tokenizer.decode(data.response_ids(tokenizer, "", "Once", "hh")) == " Once</s>"
+    assert data.prompt_ids(tokenizer, "", None) == [] and data.prompt_ids(tokenizer, " ", None) == []
+    assert tokenizer.decode(data.response_ids(tokenizer, "", "Once", None)) == " Once</s>"
 
 
 def test_context_text():
@@ -429,7 +475,7 @@ def test_context_text():
     assert data.context_text(HH) == HH.removesuffix(data.ASSISTANT)[2:] and data.context_text("Q: x") == "Q: x"
 
 
-@pytest.mark.parametrize("chat", data.CHATS)
+@pytest.mark.parametrize("chat", [None, *data.CHATS])
 @pytest.mark.parametrize("prompt", [TALK, "Q: x", " Q", "", HH], ids=["messages", "text", "space", "empty", "hh text"])
 @pytest.mark.parametrize("word_start", [True, False], ids=["sentencepiece", "bytes"])
 def test_p_stands_behind_bos_and_x_and_y_are_the_same_tokens(chat, prompt, word_start):
@@ -441,11 +487,11 @@ def test_p_stands_behind_bos_and_x_and_y_are_the_same_tokens(chat, prompt, word_
     x = tokenizer.decode(pair.x[1:])
     behind = tokenizer.decode(pair.px[1 + len(p):])
     assert behind.lstrip(" ") == x.lstrip(" ")
-    if chat == "hh" or isinstance(prompt, str):
+    if chat in (None, "hh") or not prompt:
         assert not behind or behind[0].isspace() and behind[:2] != "  "      # one space, as text goes on
     else:
         assert pair.px[1 + len(p):] == pair.x[1:]
-    assert pair.chosen[-1:] == data.response_ids(tokenizer, prompt, "", chat)[-1:]
+    assert pair.chosen[-1:] == data.response_ids(tokenizer, data.in_turns(prompt, chat), "", chat)[-1:]
     empty = data.encode_pair(tokenizer, row, chat, 1000, 1000, "")
     assert empty.px == empty.x == pair.x and empty.chosen == pair.chosen     # the empty p is no p
     assert data.encode_pair(tokenizer, row, chat, 1000, 1000).px is None
@@ -469,11 +515,11 @@ def test_prefix_without_bos():
     """GPT-NeoX has no BOS, but an empty prompt begins with <|endoftext|>: the first token needs something before it."""
     tokenizer = FakeTokenizer(bos=False)
     row = data.Row("", "good", "bad", None, "f:1")
-    pair = data.encode_pair(tokenizer, row, "hh", 10, 10, "p")
+    pair = data.encode_pair(tokenizer, row, None, 10, 10, "p")
     assert pair.x == [tokenizer.eos_id] and pair.px == tokenizer.encode("p")
-    assert data.encode_pair(tokenizer, row, "hh", 10, 10, "").px == [tokenizer.eos_id]
+    assert data.encode_pair(tokenizer, row, None, 10, 10, "").px == [tokenizer.eos_id]
     row.prompt = "Q"
-    assert data.encode_pair(tokenizer, row, "hh", 10, 10).x == tokenizer.encode("Q")
+    assert data.encode_pair(tokenizer, row, None, 10, 10).x == tokenizer.encode("Q")
 
 
 def test_fit_by_hand():
@@ -519,26 +565,26 @@ def test_encode_dataset_counts_what_was_cut_and_dropped():
     tokenizer = FakeTokenizer()
     rows = [data.Row("Q", " a b c d", " a b c e", None, "f:1"), data.Row("Q", " a", " b", 0.7, "f:2"),
             data.Row([user("Q")], "a", " a", None, "f:3"), data.Row("Q", " b b b b b", " a", None, "f:4")]
-    pairs, report = data.encode_dataset(tokenizer, rows, "hh", 5, 1)
+    pairs, report = data.encode_dataset(tokenizer, rows, None, 5, 1)
     assert [pair.row.where for pair in pairs] == ["f:2", "f:4"] and pairs[0].p == 0.7
     assert str(report) == ("encoded: 2 rows used, 1 of them cut to max_length, "
                            "2 skipped (2 identical after encoding and cutting at f:1, f:3)")
     assert pairs[0].chosen[-1] == 2 and 2 not in pairs[1].chosen and pairs[1].rejected[-1] == 2
     with pytest.raises(InputError, match="f:1"):
-        data.encode_dataset(tokenizer, rows[:1], "hh", 5, 1)
+        data.encode_dataset(tokenizer, rows[:1], None, 5, 1)
     with pytest.raises(InputError, match="no rows"):
-        data.encode_dataset(tokenizer, [], "hh", 5, 1)
+        data.encode_dataset(tokenizer, [], None, 5, 1)
 
 
 def test_encode_responses_and_prompts():
     tokenizer = FakeTokenizer()
     rows = [data.Row("Q", " a b", None, None, "f:1"), data.Row("", "a b", None, None, "f:2")]
-    pairs, _ = data.encode_dataset(tokenizer, rows, "hh", 10, 10)
+    pairs, _ = data.encode_dataset(tokenizer, rows, None, 10, 10)
     assert [tokenizer.decode(pair.x) for pair in pairs] == ["<s> Q", "<s>"]
     assert [tokenizer.decode(pair.chosen) for pair in pairs] == [" a b</s>"] * 2
     assert all(pair.rejected is None for pair in pairs)
     rows = [data.Row("a b c d e f", None, None, None, "f:1")]
-    (pair,), _ = data.encode_dataset(tokenizer, rows, "hh", 10, 2, max_tokens=6)
+    (pair,), _ = data.encode_dataset(tokenizer, rows, None, 10, 2, max_tokens=6)
     assert (tokenizer.decode(pair.x), pair.chosen, pair.rejected, pair.cut) == ("<s> d e f", None, None, True)
 
 

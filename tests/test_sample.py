@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import cli
 import data
 import losses
 import sample
 import tiny
+from cli import InputError
 
 ROOT = Path(sample.__file__).parent
 ALMOST_1 = 1 - 2 ** -53                    # the largest number that numpy's random() returns
@@ -408,10 +410,32 @@ def test_bad_input_is_one_line(name, folders, tmp_path, capsys, monkeypatch):
     assert code == 1 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: ") and word in err
 
 
-def test_a_prompt_without_room_is_named(folders, tmp_path, capsys, monkeypatch):
-    prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The river"}, {"prompt": "The river " * 600}])
-    code, out, err = command(capsys, monkeypatch, f"--model={folders['llama']}", f"--prompts={prompts}")
-    assert code == 1 and out == "" and "prompts.jsonl:2" in err
+def test_a_file_of_plain_prompts_with_a_format(folders, tmp_path, capsys, monkeypatch):
+    """With --chat a file's texts are asked as --prompt is; the rows keep them as they were given."""
+    prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The old river"}])
+    for chat in ([], ["--chat=hh"], ["--chat=zephyr"]):
+        model = [f"--model={folders['llama']}", "--max_tokens=5", *chat]
+        one = json.loads(command(capsys, monkeypatch, *model, "--prompt=The old river")[1])
+        row = json.loads(command(capsys, monkeypatch, *model, f"--prompts={prompts}")[1])
+        assert row["responses"] == one["responses"] and row["prompt"] == "The old river"
+
+
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_long_prompts_of_a_file_lose_their_front(family, folders, tmp_path, capsys, monkeypatch):
+    """Of a context of 512, max_tokens or at most half are left for the answer; what fits is not touched."""
+    net, tokenizer = sample.load_model(folders[family], "float32", "cpu")
+    ids = [tokenizer.encode("The" + "!" * n) for n in (5, 2000)]
+    prompts = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The" + "!" * n} for n in (5, 2000)])
+    seen = []
+    generate = sample.generate
+    monkeypatch.setattr(sample, "generate", lambda net, prompts, *rest: seen.extend(prompts) or generate(net, prompts, *rest))
+    for max_tokens, room in ((3, 3), (10 ** 6, 256)):
+        seen.clear()
+        code, out, err = command(capsys, monkeypatch, f"--model={folders[family]}", f"--prompts={prompts}",
+                                 f"--max_tokens={max_tokens}")
+        assert code == 0 and len(out.splitlines()) == 2 and "1 of 2 prompts" in err
+        bos = tokenizer.prefix(False)
+        assert seen == [bos + ids[0], bos + ids[1][-(512 - room - len(bos)):]]
 
 
 def test_the_context_is_never_left(folders, capsys, monkeypatch):
@@ -458,3 +482,35 @@ def test_streaming_prints_whole_characters(family, folders, monkeypatch):
     assert "".join(writes) == text + "\n" and len(writes) > 5
     assert all(char in "".join(writes) and any(char in part for part in writes) for char in "é日😀")
     assert "\ufffd" not in "".join(writes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What all command lines share (cli.py)
+
+@pytest.mark.parametrize("given, meant", [
+    ("--max_new_tokens=5", "max_tokens"), ("--tokens=5", "max_tokens"), ("--promt=a", "prompt"), ("--top-p=1", "top_p"),
+    ("--batch-size=2", "batch_size"), ("--K=3", "k"), ("--num_return_sequences=3", "k"), ("--model_path=x", "model"),
+    ("--checkpoint=x", None), ("--kl=1", None), ("--lora_rank=4", None), ("--x=1", None)])
+def test_did_you_mean(given, meant):
+    """A near name is suggested, with _ where - was typed, and none where only single letters agree."""
+    with pytest.raises(InputError) as caught:
+        cli.parse(sample.Settings, [given])
+    assert str(caught.value) == f"there is no setting {given.split('=')[0]}" + (
+        f"; did you mean --{meant}?" if meant else "; --help lists them.")
+    assert cli.nearest("learning_rate", ["lam", "lr", "beta"]) == "lr"
+
+
+def test_lists_may_have_spaces():
+    assert cli.convert("a.jsonl, b.jsonl:0.1 ,,", list[str]) == ["a.jsonl", "b.jsonl:0.1"]
+    assert cli.convert(" 0.9, 0.99", list[float]) == [0.9, 0.99]
+
+
+def test_a_terminal_that_is_not_utf8(folders, tmp_path):
+    """What it lacks is shown as ?, and rows stay whole: JSON escapes it."""
+    def run(*arguments):
+        return subprocess.run([sys.executable, ROOT / "sample.py", f"--model={folders['neox']}", "--prompt=é", "--max_tokens=2",
+                               *arguments], capture_output=True, cwd=tmp_path,
+                              env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONIOENCODING="ascii"))
+    said = run("--out=out.jsonl")
+    assert said.returncode == 0 and b"1 prompts ? 1 responses" in said.stdout, said.stderr
+    assert json.loads(run().stdout) == json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))

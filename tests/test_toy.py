@@ -8,6 +8,7 @@ import transformers
 import data
 import toy
 import train
+from cli import InputError
 
 SEA = "A calm line about the sea at dawn:"
 
@@ -72,14 +73,19 @@ def test_tokenizers_of_the_world(family, tmp_path):
         assert len(ours.encode_after(row["response"])) <= 2 * len(row["response"].split())
 
 
-@pytest.mark.parametrize("family", ["llama", "neox"])
-def test_the_whole_job_in_miniature(family, tmp_path, monkeypatch, capsys):
-    """Every stage runs on the files of the one before, the table has its rows, and a second call prints it again."""
+@pytest.fixture
+def miniature(monkeypatch):
+    """The job with a small model, few rows and two steps a stage."""
     monkeypatch.setattr(toy, "ROWS", dict(texts=64, sft=64, pairs=64, blanks=16, held_out=24, advice=4, eval=16))
     monkeypatch.setattr(toy, "SHAPE", toy.SHAPE | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1))
     for stage in toy.STAGES.values():
         monkeypatch.setitem(stage, "steps", 2)
         monkeypatch.setitem(stage, "batch_size", 8)
+
+
+@pytest.mark.parametrize("family", ["llama", "neox"])
+def test_the_whole_job_in_miniature(family, miniature, tmp_path, capsys):
+    """Every stage runs on the files of the one before, the table has its rows, and a second call prints it again."""
     settings = train.Settings(out_dir=str(tmp_path), toy_family=family, k=3)
     toy.main(settings)
     printed = capsys.readouterr().out
@@ -91,3 +97,31 @@ def test_the_whole_job_in_miniature(family, tmp_path, monkeypatch, capsys):
     assert "judge accuracy" in table and "held-out loss" in table
     toy.main(settings)
     assert table in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("resume", ["never", "force"])
+def test_another_world_is_made_or_refused(resume, miniature, tmp_path):
+    """Another family and seed on the same out_dir: refused, or all is made anew, and nothing of the old world stays."""
+    def job(out, **changes):
+        toy.main(train.Settings(recipe="sft", out_dir=str(out), **changes))
+        return {path.relative_to(out): path.read_bytes() for path in [*out.glob("world/**/*.*"), *out.glob("*/final/*.*")]
+                if path.is_file()} | {"table": (out / "result-sft.txt").read_text()}
+
+    other = dict(toy_family="neox", seed=1)
+    first, there = job(tmp_path / "a"), job(tmp_path / "b", **other)
+    for changes in (other, dict(seed=1), dict(toy_family="neox")):
+        with pytest.raises(InputError, match="--toy_family=llama --seed=0"):
+            job(tmp_path / "a", **changes)
+    assert job(tmp_path / "a") == first
+    assert job(tmp_path / "a", **other, resume=resume) == there != first and "seed 1, neox" in there["table"]
+
+
+def test_a_half_written_world_is_made_again(miniature, tmp_path, monkeypatch):
+    """world.json comes last: without it the world is not taken for one."""
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "write_model", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            toy.main(train.Settings(recipe="sft", out_dir=str(tmp_path)))
+    assert (tmp_path / "world" / "sft.jsonl").exists() and not (tmp_path / "world" / "world.json").exists()
+    toy.main(train.Settings(recipe="sft", out_dir=str(tmp_path)))
+    assert (tmp_path / "world" / "world.json").exists() and (tmp_path / "result-sft.txt").exists()

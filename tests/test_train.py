@@ -422,3 +422,14 @@ def test_real_pairs_are_overfitted(recipe, tmp_path):
     train.Trainer(train.Settings(recipe=recipe, model=str(folder), data=[file], out_dir=str(tmp_path / "out"), steps=60,
                                  batch_size=64, micro_batch_size=32, optimizer="adam", lr=3e-3, max_length=192)).run()
     assert metrics(tmp_path / "out")[-1]["accuracy"] >= 0.95
+
+
+def test_rows_of_text_take_the_format_and_the_better_response(world, tmp_path):
+    """sft with --chat trains on a user's turn, without it on the text; p < ½ takes the rejected response, cut as it was."""
+    row = {"prompt": "What is it?", "chosen": "a cloud", "rejected": "a river", "p": 0.1, "finished": [True, False]}
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", [row])
+    for chat, text in ((None, "What is it?"), ("hh", "\n\nHuman: What is it?\n\nAssistant:")):
+        trainer = train.Trainer(train.Settings(**settings(world, tmp_path / "out", recipe="sft", data=[file], chat=chat)))
+        (sequence,), tokenizer = trainer.data.rows, trainer.tokenizer
+        assert sequence.ids[:sequence.start] == tokenizer.prefix(False) + tokenizer.encode(text)
+        assert sequence.ids[sequence.start:] == tokenizer.encode_after("a river" if chat is None else " a river")
