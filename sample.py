@@ -47,27 +47,26 @@ def choose(logits, uniform, temperature, top_p):
         return logits.argmax(-1)
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature       # a tiny temperature must not give inf - inf
     probabilities = scaled.softmax(-1)
-    ordered = descending(probabilities)
-    below = ordered.cumsum(-1) - ordered                           # the mass in front of each place
-    kept = below < top_p
-    reached = ordered.masked_fill(~kept, 0).cumsum(-1)
-    target = uniform.to(reached.dtype)[:, None] * reached[:, -1:]
+    rising = sort(probabilities)
+    reached, V = rising.flip(-1).cumsum(-1), rising.shape[-1]      # the mass of the first so many tokens, falling
+    last = torch.searchsorted(reached, torch.full_like(reached[:, :1], top_p)).clamp_max(V - 1)
+    mass = reached.gather(-1, last)
+    # A uniform next to 1 may round to 1: stay below the mass, and so on a token that has some.
+    target = torch.minimum(uniform.to(mass.dtype)[:, None] * mass, mass.nextafter(torch.zeros_like(mass)))
     place = torch.searchsorted(reached, target, right=True)
-    last = (kept & (ordered > 0)).sum(-1, keepdim=True) - 1        # rounding must not step over the last kept place
-    place = torch.minimum(place, last)
-    # Only values were sorted: the token is the one that has this value, of several the one with as many smaller ids as
-    # there are equal values in front of the place.
-    value = ordered.gather(-1, place)
-    tied = place - (ordered > value).sum(-1, keepdim=True)
-    return ((probabilities == value).cumsum(-1, dtype=torch.int32) <= tied).sum(-1)
+    # Only values were sorted. Of several tokens with the value at this place it is the one that has as many equals of
+    # smaller id as there are equals in front of the place.
+    value = rising.gather(-1, V - 1 - place)
+    tied = place - (V - torch.searchsorted(rising, value, right=True))
+    return torch.searchsorted((probabilities == value).cumsum(-1), tied + 1)[:, 0]
 
 
-def descending(values):
-    """Each row of (R, V) from large to small. On a CPU numpy sorts with vector instructions: 8 ms for 56 rows of 32,000
-    where torch takes 144, and twice that for the order of the ids."""
+def sort(values):
+    """Each row of (R, V) from small to large. On a CPU numpy sorts with vector instructions: 5 ms for 56 rows of 32,000
+    where torch takes 144."""
     if values.device.type == "cpu":
-        return torch.from_numpy(np.sort(values.numpy(), axis=-1)).flip(-1)
-    return values.sort(dim=-1, descending=True).values
+        return torch.from_numpy(np.sort(values.numpy(), axis=-1))
+    return values.sort(dim=-1).values
 
 
 @torch.no_grad()
@@ -91,14 +90,14 @@ def generate(net, prompts, uniform, stop_ids, allowed, temperature=0.7, top_p=0.
     uniform = uniform.reshape(P * K, max_tokens).to(wide).to(device)
     limit = torch.tensor(limits or [max_tokens] * P, device=device).repeat_interleave(K)
     stop = torch.tensor(sorted(stop_ids), device=device)
-    banned = ~torch.as_tensor(allowed, device=device)
+    banned = torch.zeros(len(allowed), dtype=wide).masked_fill(~torch.as_tensor(allowed), -math.inf).to(device)
     rows = torch.arange(P * K, device=device)                      # the rows still growing
     ids = torch.full((P * K, max_tokens), -1, device=device)
     logprob = torch.zeros(P * K, dtype=wide, device=device)
     finished = torch.zeros(P * K, dtype=torch.bool, device=device)
     for t in range(max_tokens):
         logits = logits.to(wide)
-        tokens = choose(logits.masked_fill(banned, -math.inf), uniform[rows, t], temperature, top_p)
+        tokens = choose(logits + banned, uniform[rows, t], temperature, top_p)
         ids[rows, t] = tokens
         logprob[rows] += logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
         stopped = torch.isin(tokens, stop)
