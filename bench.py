@@ -48,7 +48,7 @@ class Settings:
     heads: int = 8
     ffn: int = 1408
     batch_size: int = 8            # pairs or prompts a step
-    micro_batch_size: int = 4      # of ours
+    micro_batch_size: int = 2      # of ours
     peer_micro_batch_sizes: list[int] = field(default_factory=lambda: [8, 1])     # of the peer, each measured
     max_length: int = 512          # tokens of prompt and response
     max_tokens: int = 64           # tokens of a sampled response
@@ -408,14 +408,15 @@ def peer_sampling(s, folder, device, turns, prompts):
             generate(s.max_tokens, **sampled)
 
 
-def our_judging(s, folder, device, turns, prompts=2):
-    """judge.label for K responses a prompt: the baseline, the ranking, the pairs, both orders; from text."""
+def our_judging(s, folder, device, turns):
+    """judge.label for K responses of max_tokens tokens to each prompt: the baseline, the ranking, the pairs, both orders; from
+    text to strengths."""
     net, tokenizer = sample.load_model(folder / "model", s.dtype, device)
     rows, _ = data.read_rows(folder / "pairs.jsonl", "pairs")
     questioner = judge.Questioner(tokenizer, "helpful", net.config.context)
-    texts = [text for row in rows[:prompts * s.k] for text in (row.chosen, row.rejected)]
-    contexts = [data.context_text(row.prompt) for row in rows[:prompts]]
-    responses = [texts[i * s.k:(i + 1) * s.k] for i in range(prompts)]
+    long = [ids[:s.max_tokens] for row in rows for ids in [tokenizer.encode(row.chosen)] if len(ids) >= s.max_tokens]
+    contexts = [data.context_text(row.prompt) for row in rows[:s.batch_size]]
+    responses = [[tokenizer.decode(ids) for ids in long[i * s.k:(i + 1) * s.k]] for i in range(len(contexts))]
     asked, answers, answer = [], [], judge.Reading.answer
 
     def recorded(self, questions):
@@ -424,7 +425,8 @@ def our_judging(s, folder, device, turns, prompts=2):
         answers.extend(said.tolist())
         return said
     judge.Reading.answer = recorded
-    judge.label(net, questioner, contexts, responses)
+    for context, texts in zip(contexts, responses):        # so that the peer has a prompt's instructions side by side
+        judge.label(net, questioner, [context], [texts])
     judge.Reading.answer = answer
     turns.say(asked=asked, instructions=len(asked), check={"P(A)": answers, "tokens": [sum(len(ids) for ids, _ in asked)]})
     while True:
@@ -433,10 +435,9 @@ def our_judging(s, folder, device, turns, prompts=2):
 
 
 def peer_judging(s, folder, device, turns, asked):
-    """The same instructions through transformers, a prompt's twenty padded to a batch, logits at the last position only."""
+    """The same instructions through transformers: those of a prompt padded to one batch, logits at the last position only."""
     net = peer_model(folder, device, s.dtype).eval()
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i][0]))      # rows of like length together, as a careful user would
-    asked, size = [asked[i] for i in order], 20
+    size = len(asked) // s.batch_size
 
     @torch.no_grad()
     def read():
@@ -447,10 +448,11 @@ def peer_judging(s, folder, device, turns, asked):
             tokens = torch.tensor([[0] * (longest - len(ids)) + ids for ids, _ in part], device=device)
             mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in part], device=device)
             position = (mask.cumsum(-1) - 1).clamp_min(0)
-            logits = net(input_ids=tokens, attention_mask=mask, position_ids=position, logits_to_keep=1).logits[:, 0].float()
+            logits = net(input_ids=tokens, attention_mask=mask, position_ids=position, use_cache=False,
+                         logits_to_keep=1).logits[:, 0].float()
             said += [(row[a] - row[b]).sigmoid().item() for row, (_, (a, b)) in zip(logits, part)]
         return said
-    turns.say(check={"P(A)": read(), "tokens": [sum(len(ids) for ids, _ in asked)]}, order=order)
+    turns.say(check={"P(A)": read(), "tokens": [sum(len(ids) for ids, _ in asked)]})
     while True:
         with turns:
             read()
@@ -553,9 +555,6 @@ def row_simple(what, name, ours, peer, unit, passes, micro=False):
                        **{key: left.facts[key] for key in passes}, **({"micro": size} if size else {}))
                   for size in (s.peer_micro_batch_sizes if micro else [None])]
         for right in rights:
-            if "order" in right.facts:          # the peer sorted its rows
-                for key, values in left.facts["check"].items():
-                    left.facts["check"][key] = [values[i] for i in right.facts["order"]] if len(values) > 1 else values
             agree(left, right)
         alternate([left, *rights], s.rounds)
         amount = left.facts.get("instructions") or left.facts["tokens"]

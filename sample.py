@@ -58,7 +58,7 @@ def choose(logits, uniform, temperature, top_p):
     # smaller id as there are equals in front of the place.
     value = rising.gather(-1, V - 1 - place)
     tied = place - (V - torch.searchsorted(rising, value, right=True))
-    return torch.searchsorted((probabilities == value).cumsum(-1), tied + 1)[:, 0]
+    return torch.searchsorted((probabilities == value).cumsum(-1, dtype=torch.int32), (tied + 1).int())[:, 0]
 
 
 def sort(values):
@@ -112,7 +112,7 @@ def generate(net, prompts, uniform, stop_ids, allowed, temperature=0.7, top_p=0.
             cache.keep(live)
             live = live.to(device)
             rows, tokens = rows[live], tokens[live]
-        logits = net.head(net(tokens[:, None], cache=cache)[:, 0])
+        logits = net.head(net(tokens[:, None], cache=cache))[:, 0]
 
     samples = [Sample(row[:n], value, done) for row, n, value, done in
                zip(ids.tolist(), (ids >= 0).sum(-1).tolist(), logprob.tolist(), finished.tolist())]

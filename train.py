@@ -113,7 +113,7 @@ class Settings:
     steps: int | None = None                 # updates; default: epochs over the data
     epochs: float = 1.0                      # passes over the data when steps is not given (both papers: 1)
     batch_size: int | None = None            # pairs (offline) or prompts (online) an update, over all ranks; papers: 64; 16
-    micro_batch_size: int = 8                # of these, how many one rank computes at a time
+    micro_batch_size: int = 8                # of these, how many one rank trains on at a time
     lr: float | None = None                  # papers: 5e-7; 2e-6 (TinyLlama), 2e-5 (Mistral with LoRA)
     optimizer: str | None = None             # rmsprop (paper 1), adam (paper 2), adamw
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])     # of adam and adamw
@@ -641,8 +641,9 @@ class Trainer:
         with gathered(self.policy, self.judge):
             started = time.perf_counter()
             policy, samples = model.cast(self.policy, self.dtype), []
-            for i in range(0, len(share), s.micro_batch_size):
-                chunk = share[i:i + s.micro_batch_size]
+            size = self.prompts_at_a_time(share)
+            for i in range(0, len(share), size):
+                chunk = share[i:i + size]
                 table = torch.stack([sample.uniforms(s.seed, step, place, s.k, self.data.max_tokens) for place, _ in chunk])
                 samples += sample.generate(policy, [row.x for _, row in chunk], table, self.stop_ids, self.allowed,
                                            s.temperature, s.top_p)
@@ -663,6 +664,14 @@ class Trainer:
         if s.sample_every and step % s.sample_every == 0 and share:
             self.show_rollout(step, share[0][1], texts[0], strengths[0], labelled[0])
         return pairs
+
+    def prompts_at_a_time(self, share):
+        """How many prompts are sampled together: the more, the less often the weights are read for one token a row. Their
+        cache may take as much memory as the weights, or 1 GiB where those are small."""
+        config, size = self.policy.config, self.dtype.itemsize
+        weights = size * sum(weight.numel() for weight in self.policy.parameters())
+        tokens = max((len(row.x) for _, row in share), default=0) + self.settings.k * self.data.max_tokens
+        return max(max(weights, 1 << 30) // (tokens * 2 * config.layers * config.kv_heads * config.head_dim * size), 1)
 
     def write_rollouts(self, step, share, samples, texts_of, labelled):
         """Rollouts as data rows, one file a rank, so that the run can be replayed offline."""
