@@ -172,6 +172,8 @@ def side(work, settings, folder, pipe, log, **more):
         os.dup2(file.fileno(), 2)
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    if work.__name__.startswith("our"):
+        cli.keep_freed_memory()                # as the command lines of this project do
     device = sample.pick_device(settings.device)
     turns = Turns(pipe, device)
     try:

@@ -4,6 +4,8 @@ rewrites itself on a terminal.
 A script declares one dataclass; the comment on each field is its documentation and what --help prints. There is no
 configuration language besides it.
 """
+import contextlib
+import ctypes
 import dataclasses
 import difflib
 import inspect
@@ -129,11 +131,21 @@ def parse(cls, arguments):
     return settings
 
 
+def keep_freed_memory():
+    """Have glibc keep what is freed. It gives large blocks back to the system, which clears them again for the next tensor:
+    measured, a tenth of the time of sampling and a twentieth of a training step. Elsewhere this does nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)              # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)        # M_TRIM_THRESHOLD
+
+
 def run(main, cls):
     """The body of every script: parse the settings, call main(settings), and turn bad input into one line and exit 1."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):        # a terminal that is not UTF-8 shows ? for what it lacks
             stream.reconfigure(errors="replace")
+    keep_freed_memory()
     try:
         return main(parse(cls, sys.argv[1:]))
     except InputError as error:

@@ -206,13 +206,7 @@ class Linear(nn.Linear):
     """A linear layer that computes in the type of its input, so that float32 masters serve a bfloat16 forward."""
 
     def forward(self, x):
-        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        if x.shape[0] > 1 and x.shape[1] == 1 and x.device.type == "cpu":
-            # One token a row: the weight times few columns takes a CPU half to three quarters of the time of few rows
-            # times the transposed weight (8 to 64 rows, float32).
-            y = (weight @ x[:, 0].T).T[:, None]
-            return y if bias is None else y + bias
-        return F.linear(x, weight, bias)
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Norm(nn.Module):

@@ -45,8 +45,7 @@ def choose(logits, uniform, temperature, top_p):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature       # a tiny temperature must not give inf - inf
-    probabilities = scaled.softmax(-1)
+    probabilities = (logits / max(temperature, 1e-30)).softmax(-1)       # smaller ones, greedy long since, would give inf
     rising = sort(probabilities)
     reached, V = rising.flip(-1).cumsum(-1), rising.shape[-1]      # the mass of the first so many tokens, falling
     last = torch.searchsorted(reached, torch.full_like(reached[:, :1], top_p)).clamp_max(V - 1)
@@ -112,7 +111,7 @@ def generate(net, prompts, uniform, stop_ids, allowed, temperature=0.7, top_p=0.
             cache.keep(live)
             live = live.to(device)
             rows, tokens = rows[live], tokens[live]
-        logits = net.head(net(tokens[:, None], cache=cache))[:, 0]
+        logits = net.head(net(tokens[:, None], cache=cache)[:, 0])
 
     samples = [Sample(row[:n], value, done) for row, n, value, done in
                zip(ids.tolist(), (ids >= 0).sum(-1).tolist(), logprob.tolist(), finished.tolist())]

@@ -630,7 +630,8 @@ class Trainer:
         if self.recipe.loss == "sft":
             example = Sequence([0, 0], 1)
         else:
-            example = data.Pair([0], [0], [0], [0], 0.5, None, False, reference={"x": (0.0, 0.0), "px": (0.0, 0.0)})
+            known = {"x": (0.0, 0.0), "px": (0.0, 0.0)} if self.reference is None else None      # else it must run too
+            example = data.Pair([0], [0], [0], [0], 0.5, None, False, known)
         return self.objective([example], Log(self.ranks)) * 0
 
     # -- fresh responses -----------------------------------------------------------------------------------------------

@@ -584,7 +584,7 @@ def test_a_wrong_cache_is_noticed(fault, monkeypatch):
         if fault == "window":
             cache.config = model.parse_config(dict(MISTRAL, sliding_window=6))
         if fault == "owner":
-            cache.owner = cache.owner.flip(0)
+            cache.prompt = [tuple(part.flip(0) for part in pair) for pair in cache.prompt]
     monkeypatch.setattr(model.Cache, "open", open_wrongly)
     assert decode(our_net(ARCHITECTURES["mistral"]), PROMPTS, 3, {}, steps=3) > 1e-3
 
