@@ -1,12 +1,13 @@
 # make run     install what is needed into .venv and run the default job: the whole path on the embedded world
 # make test    install the development extra too and run the tests
 # make slow    the tests that take minutes
+# make bench   Osprey beside TRL and transformers, in an environment of its own
 # ARGS="--seed=1 --out_dir=out/seed1" is passed on.
 
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: run test slow
+.PHONY: run test slow bench
 run: .venv/run
 	.venv/bin/torchrun train.py $(ARGS)
 
@@ -23,4 +24,12 @@ slow: .venv/test
 
 .venv/test: .venv/run
 	.venv/bin/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+bench: .venv-bench/ready
+	.venv-bench/bin/python bench.py $(ARGS)
+
+.venv-bench/ready: pyproject.toml
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --editable ".[bench]"
 	touch $@

@@ -11,7 +11,9 @@ and the smallest memory of those count.
 
 Nothing here is imported by the rest. Letters: P prompts, K samples a prompt.
 """
+import contextlib
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -240,7 +242,7 @@ def our_settings(s, folder, device, recipe, **more):
     return train.Settings(recipe=recipe, model=str(folder / "model"), data=[str(folder / "pairs.jsonl")], device=device,
                           out_dir=str(folder / f"out-{os.getpid()}"), steps=10_000, batch_size=s.batch_size,
                           micro_batch_size=s.micro_batch_size, max_length=s.max_length, optimizer="adamw", lr=1e-6,
-                          weight_decay=0.0, grad_clip=1.0, warmup_steps=0, dtype=s.dtype, chat="hh", **more)
+                          grad_clip=1.0, warmup_steps=0, dtype=s.dtype, chat="hh", **more)
 
 
 def our_pairs(s, folder, device, turns, recipe, cached=False):
@@ -333,7 +335,7 @@ def our_sft(s, folder, device, turns):
     with torch.no_grad():
         logprobs = losses.logprobs(trainer.policy, data.pack([e.ids for e in batches[0]]), [e.start for e in batches[0]])
     turns.say(batches=[[(e.ids, e.start) for e in batch] for batch in batches],
-              tokens=statistics.mean(sum(len(e.ids) for e in batch) for batch in batches),
+              amount=statistics.mean(sum(len(e.ids) for e in batch) for batch in batches),
               check={"log-probability": [logprobs.sum().item()]})
     for step in range(10_000):
         with turns:
@@ -383,7 +385,7 @@ def our_sampling(s, folder, device, turns):
     allowed = torch.ones(net.config.vocab_size, dtype=torch.bool)
     table = torch.stack([sample.uniforms(0, 0, i, s.k, s.max_tokens) for i in range(len(prompts))])
     greedy = sample.generate(net, prompts, table[:, :1, :8], set(), allowed, temperature=0)
-    turns.say(prompts=prompts, tokens=len(prompts) * s.k * s.max_tokens,
+    turns.say(prompts=prompts, amount=len(prompts) * s.k * s.max_tokens,
               check={"greedy tokens": [one.ids for (one,) in greedy], "tokens": [s.max_tokens] * len(prompts) * s.k})
     while True:
         with turns:
@@ -430,14 +432,15 @@ def our_judging(s, folder, device, turns):
     for context, texts in zip(contexts, responses):        # so that the peer has a prompt's instructions side by side
         judge.label(net, questioner, [context], [texts])
     judge.Reading.answer = answer
-    turns.say(asked=asked, instructions=len(asked), check={"P(A)": answers, "tokens": [sum(len(ids) for ids, _ in asked)]})
+    turns.say(asked=asked, amount=len(asked), check={"P(A)": answers, "tokens": [sum(len(ids) for ids, _ in asked)]})
     while True:
         with turns:
             judge.label(net, questioner, contexts, responses)
 
 
-def peer_judging(s, folder, device, turns, asked):
-    """The same instructions through transformers: those of a prompt padded to one batch, logits at the last position only."""
+def peer_judging(s, folder, device, turns, asked, logits_to_keep):
+    """The same instructions through transformers, those of a prompt padded to one batch; logits_to_keep=0: at all positions, as
+    transformers does unless told otherwise."""
     net = peer_model(folder, device, s.dtype).eval()
     size = len(asked) // s.batch_size
 
@@ -451,7 +454,7 @@ def peer_judging(s, folder, device, turns, asked):
             mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in part], device=device)
             position = (mask.cumsum(-1) - 1).clamp_min(0)
             logits = net(input_ids=tokens, attention_mask=mask, position_ids=position, use_cache=False,
-                         logits_to_keep=1).logits[:, 0].float()
+                         logits_to_keep=logits_to_keep).logits[:, -1].float()
             said += [(row[a] - row[b]).sigmoid().item() for row, (_, (a, b)) in zip(logits, part)]
         return said
     turns.say(check={"P(A)": read(), "tokens": [sum(len(ids) for ids, _ in asked)]})
@@ -471,7 +474,7 @@ def our_online(s, folder, device, turns):
     prompts = [row.x for step in range(s.rounds + 1) for _, row in trainer.share(step)]
     with torch.no_grad():
         check = losses.logprobs(trainer.policy, data.pack(prompts[:4]), [1] * 4)
-    turns.say(prompts=prompts, tokens=2 * s.batch_size * s.max_tokens, check={"log-probabilities": check.tolist()})
+    turns.say(prompts=prompts, amount=2 * s.batch_size * s.max_tokens, check={"log-probabilities": check.tolist()})
     for step in range(10_000):
         with turns:
             trainer.update(step)
@@ -549,18 +552,19 @@ def row_pairs(s, folder, cached):
             Line(f"Sr-DPO step{note} / our DPO", refined, dpo, n, "pairs")]
 
 
-def row_simple(what, name, ours, peer, unit, passes, micro=False):
-    """A row of one kind of work beside one peer, at each of its micro-batches where it has them."""
+def row_simple(what, ours, peer, unit, passes, variants=None):
+    """A row of one kind of work beside variants of a peer, {name: arguments}; without, a peer at each of its micro-batches."""
     def row(s, folder):
         left = Side(f"our {what}", ours, s, folder)
-        rights = [Side(f"{what} / {name}" + (f", micro {size}" if size else ""), peer, s, folder,
-                       **{key: left.facts[key] for key in passes}, **({"micro": size} if size else {}))
-                  for size in (s.peer_micro_batch_sizes if micro else [None])]
-        for right in rights:
-            agree(left, right)
+        given = {key: left.facts[key] for key in passes}
+        kinds = variants or {f"TRL, micro {size}" if "TRL" in peer.__doc__ else f"plain loop, micro {size}": {"micro": size}
+                             for size in s.peer_micro_batch_sizes}
+        rights = []
+        for name, arguments in kinds.items():
+            rights.append(Side(f"{what} / {name}", peer, s, folder, **given, **arguments))
+            agree(left, rights[-1])
         alternate([left, *rights], s.rounds)
-        amount = left.facts.get("instructions") or left.facts["tokens"]
-        return [Line(right.name, left, right, amount, unit) for right in rights]
+        return [Line(right.name, left, right, left.facts["amount"], unit) for right in rights]
     return row
 
 
@@ -602,8 +606,9 @@ def row_length(s, folder):
     """Seconds of a DPO step against the prompt's length, responses of 64 tokens: beside separate sequences the shared prompt
     is computed once."""
     device, found = sample.pick_device(s.device), []
-    trainer = train.Trainer(our_settings(s, folder, device, "dpo"))
-    trainer.begin()
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = train.Trainer(our_settings(s, folder, device, "dpo"))
+        trainer.begin()
     generator = random.Random(0)
     print(f"\nDPO step, {s.batch_size} pairs, responses of 64 tokens{'':>6} seconds")
     for length in (32, 128, 256, 448):
@@ -634,10 +639,11 @@ def row_size(s, folder):
 ROWS = {
     "dpo": lambda s, folder: row_pairs(s, folder, cached=False),
     "dpo-cached": lambda s, folder: row_pairs(s, folder, cached=True),
-    "sampling": row_simple("sampling", "generate", our_sampling, peer_sampling, "tokens", ["prompts"]),
-    "judging": row_simple("judging", "padded forward", our_judging, peer_judging, "instructions", ["asked"]),
-    "online": row_simple("online step", "TRL", our_online, peer_online, "sampled tokens", ["prompts"], micro=True),
-    "sft": row_simple("SFT step", "plain loop", our_sft, peer_sft, "tokens", ["batches"], micro=True),
+    "sampling": row_simple("sampling", our_sampling, peer_sampling, "tokens", ["prompts"], {"generate": {}}),
+    "judging": row_simple("judging", our_judging, peer_judging, "instructions", ["asked"],
+                          {"padded forward": {"logits_to_keep": 0}, "padded, last logits only": {"logits_to_keep": 1}}),
+    "online": row_simple("online step", our_online, peer_online, "sampled tokens", ["prompts"]),
+    "sft": row_simple("SFT step", our_sft, peer_sft, "tokens", ["batches"]),
     "k": row_k, "length": row_length, "size": row_size,
 }
 

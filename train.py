@@ -21,8 +21,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -34,6 +36,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+try:
+    import fcntl
+except ImportError:            # Windows
+    fcntl = None
 
 import cli
 import data
@@ -872,7 +879,35 @@ class Trainer:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def run(self):
-        """Train to the end and write final/. Returns the last metrics."""
+        """Train to the end and write final/. Returns the last metrics.
+
+        SIGTERM and SIGINT end it after the step under way: a checkpoint is saved and the process leaves with 128 + the signal.
+        """
+        with self.locked(), asked_to_stop() as asked:
+            return self.train(asked)
+
+    @contextlib.contextmanager
+    def locked(self):
+        """out_dir belongs to one run at a time; the first rank holds the lock, and the system frees it whatever happens."""
+        if self.ranks.rank:
+            yield
+            return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            file = open(self.out / ".lock", "w")
+        except OSError as error:
+            raise InputError(f"--out_dir={self.out} cannot be written: {error.strerror}.") from None
+        with file:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another run is writing to --out_dir={self.out}; wait for it, or name another.") from None
+            except OSError:          # a file system without locks
+                pass
+            yield
+
+    def train(self, asked):
         s = self.settings
         start = self.begin()
         if start is None:
@@ -896,11 +931,42 @@ class Trainer:
                 with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps({k: rounded(v) for k, v in metrics.items()}) + "\n")
             line.update(step + 1, summary(metrics))
-            if last or s.save_every and (step + 1) % s.save_every == 0:
+            signal_number = self.ranks.largest(asked[0])         # ranks hear of it at different times: stop together
+            if last or signal_number or s.save_every and (step + 1) % s.save_every == 0:
                 self.save_checkpoint(step + 1)
+            if signal_number and not last:
+                self.say(f"\n{signal.Signals(signal_number).name}: stopped after step {step + 1} of {self.steps} and saved; the same "
+                         f"command goes on from there.")
+                sys.exit(128 + signal_number)
         self.save_final()
         self.say(f"{s.recipe}: written to {self.out / 'final'}")
         return metrics
+
+
+@contextlib.contextmanager
+def asked_to_stop():
+    """A list whose one element is 0, or the signal that asked this process to stop. A second Ctrl-C stops at once."""
+    asked = [0]
+
+    def note(number, frame):
+        asked[0] = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_with(parent):
+    """End this process when `parent`, the torchrun that started it, is gone: an orphan must not go on writing to out_dir."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Log:
@@ -1003,6 +1069,8 @@ def main(settings):
         if getattr(settings, name) == "":
             raise InputError(f"--{name}= is empty.")
     settings.check_used()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        leave_with(os.getppid())
     if settings.model is None:         # an empty one is a mistake (an unset shell variable), not a wish for toys
         for name in ("data", "prompts", "eval_data", "reference", "judge"):
             if getattr(settings, name):
