@@ -173,6 +173,102 @@ def test_held_out_rows_are_evaluated(world, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The reference's log-probabilities, kept
+
+def cache_path(world, out, **changes):
+    """The one file that a dpo run with these settings would read or write; `out` stays empty."""
+    trainer = train.Trainer(train.Settings(**settings(world, out, **{"recipe": "dpo", **changes})))
+    rows = trainer.data.rows + (trainer.data.held_out or [])
+    trainer.settings.reference_cache = str(world / "nowhere")
+    return train.ReferenceCache(trainer.settings, trainer.dtype, rows, trainer.recipe.loss.startswith("sr-")).path
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "sr-dpo"])
+def test_a_cached_reference_changes_nothing(recipe, world, tmp_path, monkeypatch):
+    """With another model as reference, held-out rows included; the second run with the cache loads no reference at all."""
+    changes = dict(recipe=recipe, reference=str(world / "sharp"), eval_data=[str(world / "pairs.jsonl") + ":0.5"])
+    plain = run(world, tmp_path / "plain", **changes)
+    assert abs(plain[0]["margin"]) > 0.1 and "eval_margin" in plain[-1]
+    changes["reference_cache"] = str(tmp_path / "cache" / "below")
+    assert_same(run(world, tmp_path / "first", **changes), plain, 1e-7)          # metrics.jsonl keeps eight digits
+    file, = (tmp_path / "cache" / "below").iterdir()
+    written = file.stat().st_mtime_ns
+    assert file.name.startswith("reference-") and file.suffix == ".safetensors"
+    monkeypatch.delattr(train.Trainer, "frozen")
+    assert_same(run(world, tmp_path / "second", **changes), plain, 1e-7)
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "cache" / "below").iterdir()] == [written]
+    assert_same_weights(tmp_path / "first", tmp_path / "plain", 1e-9)
+    assert_same_weights(tmp_path / "second", tmp_path / "first", 0)              # read back bit for bit
+
+
+def test_cached_values_are_the_references(world, tmp_path):
+    """Scored alone behind x and behind p⊕x, each response has the cached value; score gives the same margins from both."""
+    changes = dict(recipe="sr-dpo", reference=str(world / "sharp"))
+    plain = train.Trainer(train.Settings(**settings(world, tmp_path / "out", **changes)))
+    cached = train.Trainer(train.Settings(**settings(world, tmp_path / "out", reference_cache=str(tmp_path), **changes)))
+    assert plain.reference is not None and cached.reference is None
+    values = load_file(next(tmp_path.glob("reference-*.safetensors")))
+    assert sorted(values) == ["px", "x"] and not torch.equal(values["x"], values["px"])
+    for i, pair in enumerate(plain.data.rows):
+        for query, x in (("x", pair.x), ("px", pair.px)):
+            for j, y in enumerate((pair.chosen, pair.rejected)):
+                with torch.no_grad():
+                    alone = train.losses.logprobs(plain.reference, data.pack([x + y]), [len(x)]).item()
+                assert values[query][i, j].item() == pytest.approx(alone, abs=1e-9)
+    for query in ("x", "px"):
+        margins = [trainer.score(trainer.data.rows[3:8], query, grad=False)[2] for trainer in (plain, cached)]
+        assert (margins[0] - margins[1]).abs().max() < 1e-9 and margins[0].abs().min() > 0
+
+
+def test_only_what_the_reference_says_is_in_the_key(world, tmp_path):
+    """Weights, rows, p, compute type and cuts make another file; the optimizer, the loss and the folder's name do not."""
+    out, q = tmp_path / "out", dict(recipe="sr-dpo", refinement_prompt="Please: ")
+    key = cache_path(world, out)
+    copy = tmp_path / "copy"
+    train.shutil.copytree(world / "model", copy)
+    same = [dict(batch_size=2), dict(lr=1.0), dict(beta=0.7), dict(recipe="ipo"), dict(seed=5), dict(micro_batch_size=1),
+            dict(reference=str(copy)), dict(max_length=400, max_prompt_length=200)]
+    assert {cache_path(world, out, **changes) for changes in same} == {key}
+    rows = tiny.pairs(13, seed=1)
+    rows[12]["rejected"] += " The small river sings."
+    other = tiny.write_jsonl(tmp_path / "other.jsonl", rows)
+    others = [dict(reference=str(world / "sharp")), dict(data=[other]), dict(dtype="float32"), dict(max_length=40),
+              dict(eval_data=[other]), dict(recipe="sr-dpo"), q]
+    assert len({key, *(cache_path(world, out, **changes) for changes in others)}) == 1 + len(others)
+    assert cache_path(world, out, **q) == cache_path(world, out, **q, lam=0.7)
+    weights = load_file(copy / "model.safetensors")
+    next(iter(weights.values()))[0, 0] += 1e-3
+    train.save_file(weights, copy / "model.safetensors")
+    assert cache_path(world, out, reference=str(copy)) != key
+
+
+def test_a_damaged_cache_is_named(world, tmp_path):
+    """Cut off, of another shape, of another type, or another file altogether."""
+    changes = dict(recipe="dpo", reference_cache=str(tmp_path / "cache"))
+    train.Trainer(train.Settings(**settings(world, tmp_path / "out", **changes)))
+    file, = (tmp_path / "cache").iterdir()
+    whole, values = file.read_bytes(), load_file(file)
+    assert values.keys() == {"x"} and values["x"].shape == (13, 2) and values["x"].dtype == torch.float64
+    damaged = [whole[:-1], whole[:20], b""]
+    for wrong in ({"x": values["x"][1:]}, {"x": values["x"].float()}, {"px": values["x"]}, {**values, "px": values["x"].clone()}):
+        train.save_file(wrong, tmp_path / "wrong")
+        damaged.append((tmp_path / "wrong").read_bytes())
+    for content in damaged:
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=file.name):
+            train.Trainer(train.Settings(**settings(world, tmp_path / "out", **changes)))
+        assert file.read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_written_is_named(world, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(InputError, match=f"--reference_cache={folder} cannot be written"):
+            train.Trainer(train.Settings(**settings(world, tmp_path / "out", recipe="dpo", reference_cache=str(folder))))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # One trajectory
 
 @pytest.mark.parametrize("recipe", ["sft", "sr-dpo", "osp"])
@@ -192,10 +288,14 @@ def test_two_ranks_follow_one(world, tmp_path):
     """
     runs = [dict(recipe="dpo", steps=20), dict(recipe="osp", steps=20), dict(recipe="dpo", steps=20, dtype="float32"),
             dict(recipe="osp", steps=20, dtype="float32"), dict(recipe="sr-dpo", steps=None), dict(recipe="osp", steps=None),
-            dict(recipe="judge"), dict(recipe="dpo", steps=2, eval_data=[str(world / "pairs.jsonl")])]
+            dict(recipe="judge"), dict(recipe="dpo", steps=2, eval_data=[str(world / "pairs.jsonl")]),
+            dict(recipe="sr-dpo", steps=None, micro_batch_size=2, reference=str(world / "model"), reference_cache="",
+                 eval_data=[str(world / "pairs.jsonl")])]
     sharp = str(world / "sharp")
     both = [[settings(world, tmp_path / f"{name}-{i}", model=sharp, **changes) for name in ("one", "two")]
             for i, changes in enumerate(runs)]
+    for side in both[-1]:
+        side["reference_cache"] = f"{side['out_dir']}-cache"
     launched = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "tests/ranks.py"),
          json.dumps([two for _, two in both])], capture_output=True, text=True, timeout=300,
@@ -212,6 +312,11 @@ def test_two_ranks_follow_one(world, tmp_path):
     assert len(rollouts[0]) == len(rollouts[1]) == 20 * 4 * 2
     strip = lambda lines: [{k: v for k, v in json.loads(line).items() if k != "p"} for line in lines]      # noqa: E731
     assert strip(rollouts[0]) == strip(rollouts[1])
+    # Of 26 cached rows in parts of 2, the first rank has computed 14, the second 12: together what one process computes.
+    (one,), (two,) = (list(Path(side["reference_cache"]).iterdir()) for side in both[-1])
+    assert one.name == two.name
+    for query, values in load_file(one).items():
+        assert values.shape == (26, 2) and (values < 0).all() and (values - load_file(two)[query]).abs().max() < 1e-10
 
 
 def test_ranks_work_on_disjoint_rows(world, tmp_path):
