@@ -491,6 +491,77 @@ def test_help_prints_every_setting(monkeypatch, capsys):
         assert f"--{field.name}=" in printed and comment and comment in printed
 
 
+USELESS = {
+    "sft": "k=3 beta=1 weight_decay=0.1 lam=0.3 reference=x reference_cache=x judge=x judge_task=summary eval_every=1",
+    "judge": "beta=1 temperature=0.7 refinement_prompt=x delta_scale=exact max_tokens=8 sample_every=1",
+    "dpo": "k=3 lam=0.5 eval_every=1 betas=0.9,0.99 top_p=0.5 judge=x judge_task=helpful prompts={pairs} delta_scale=exact",
+    "sr-dpo": "delta_scale=exact weight_decay=0 sample_every=0",
+    "sr-ipo": "k=7",
+    "osp": "lam=0.5 reference_cache=x refinement_prompt=x eval_every=1 weight_decay=0.1",
+}
+
+
+@pytest.mark.parametrize("recipe", USELESS)
+def test_a_setting_without_effect_is_refused(recipe, world, tmp_path, monkeypatch, capsys):
+    """Exit status 1 and one sentence with its name, though what was typed be the default."""
+    for typed in USELESS[recipe].format(pairs=world / "pairs.jsonl").split():
+        code, _, error = tiny.command(train, capsys, monkeypatch, f"--recipe={recipe}", f"--model={world / 'model'}",
+                                      f"--data={world / 'pairs.jsonl'}", f"--out_dir={tmp_path / 'out'}", f"--{typed}")
+        name = typed.split("=")[0]
+        assert code == 1 and error.startswith(f"error: --{name} would change nothing") and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_beside_prompts_is_refused(world, tmp_path, monkeypatch, capsys):
+    file = world / "pairs.jsonl"
+    code, _, error = tiny.command(train, capsys, monkeypatch, f"--model={world / 'model'}", f"--data={file}",
+                                  f"--prompts={file}", f"--out_dir={tmp_path / 'out'}")
+    assert code == 1 and error.startswith("error: --data would change nothing") and "--prompts" in error
+
+
+def test_a_setting_with_effect_passes():
+    """What each recipe reads, all of it at once and none of it at its default."""
+    all_of_them = dict(model="m", data=["d"], eval_data=["e"], eval_every=1, optimizer="adamw", weight_decay=0.1,
+                       betas=[0.8, 0.9], lr=1.0, grad_clip=2.0, max_length=50, max_prompt_length=9, chat="hh", keep=3)
+    pairs = dict(all_of_them, beta=0.7, reference="r", reference_cache="c")
+    refined = dict(pairs, lam=0.7, refinement_prompt="q")
+    used = {"sft": all_of_them, "judge": dict(all_of_them, judge_task="summary"), "dpo": pairs, "ipo": pairs, "sr-dpo": refined,
+            "sr-ipo": dict(refined, delta_scale="exact"),
+            "osp": dict(all_of_them, beta=0.7, reference="r", judge="j", judge_task="summary", k=3, temperature=0.5, top_p=0.5,
+                        max_tokens=9, sample_every=1)}
+    used["osp with prompts"] = {**used["osp"], "prompts": ["p"], "data": None}
+    assert used.keys() > train.RECIPES.keys()
+    for recipe, values in used.items():
+        chosen = train.Settings(recipe=recipe.split()[0], **values)
+        assert chosen.given.keys() >= values.keys() - {"data"}
+        chosen.check_used()
+    train.Settings(recipe="osp", eval_every=5, k=3).check_used()         # the toy world has held-out rows of its own
+
+
+@pytest.mark.parametrize("name", ["data", "prompts", "eval_data", "reference", "judge"])
+def test_files_without_a_model_are_refused(name, world, tmp_path, monkeypatch, capsys):
+    """A forgotten --model is no wish for the toy world."""
+    monkeypatch.setattr("toy.main", lambda settings: pytest.fail("the toy world runs"))
+    code, _, error = tiny.command(train, capsys, monkeypatch, f"--{name}={world / 'pairs.jsonl'}", f"--out_dir={tmp_path / 'out'}")
+    assert code == 1 and error.startswith(f"error: --{name} needs a model: --model=") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_a_winner_are_left_out(world, tmp_path, capsys):
+    """p = ½ says nothing to dpo: some such rows are counted, nothing but such rows is an error; held-out rows alike."""
+    rows = [row | {"p": p} for row, p in zip(tiny.pairs(5, seed=2), (0.5, 0.9, 0.5, 0.1, 0.5))]
+    some = tiny.write_jsonl(tmp_path / "some.jsonl", rows)
+    none = tiny.write_jsonl(tmp_path / "none.jsonl", rows[::2])
+    trainer = train.Trainer(train.Settings(**settings(world, tmp_path / "out", recipe="dpo", data=[some])))
+    assert [pair.row.prompt for pair in trainer.data.rows] == [rows[1]["prompt"], rows[3]["prompt"]]
+    assert "3 of 5 pairs have p = ½" in capsys.readouterr().out
+    for changes in (dict(data=[none]), dict(eval_data=[none])):
+        with pytest.raises(InputError, match="none.jsonl: every pair has p = ½; dpo"):
+            train.Trainer(train.Settings(**settings(world, tmp_path / "out", recipe="dpo", **changes)))
+    soft = train.Trainer(train.Settings(**settings(world, tmp_path / "out", recipe="osp", eval_data=[none])))
+    assert [pair.p for pair in soft.data.held_out] == [0.5] * 3             # a strength of ½ is one to spce
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Real data
 
