@@ -382,6 +382,40 @@ def test_other_settings_in_a_used_out_dir_are_named(world, tmp_path):
     assert len(run(world, tmp_path, recipe="dpo", beta=0.3, resume="never")) == 3
 
 
+def test_changed_inputs_of_a_finished_run_are_named(world, tmp_path, capsys):
+    """The same settings with other contents behind them: data, held-out rows, weights. Restored, the run is finished again."""
+    folder = tiny.folder(tmp_path / "model")
+    file, held_out = (Path(tiny.write_jsonl(tmp_path / f"{name}.jsonl", tiny.pairs(6, seed=3))) for name in ("data", "held_out"))
+    changes = dict(model=str(folder), recipe="dpo", data=[str(file)], eval_data=[str(held_out)])
+    first = run(world, tmp_path / "out", **changes)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for path in (file, held_out, folder / "model.safetensors"):
+        whole = path.read_bytes()
+        at = len(whole) * 3 // 4
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])        # one bit, the same size
+        named = folder if path.parent == folder else path
+        with pytest.raises(InputError, match=f"the contents of {named};"):
+            run(world, tmp_path / "out", **changes)
+        path.write_bytes(whole)
+        capsys.readouterr()
+        assert run(world, tmp_path / "out", **changes) == first
+        assert "is finished" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_force_goes_on_with_changed_inputs(world, tmp_path):
+    """The run keeps its steps, goes on with the new rows, and those are its inputs from then on."""
+    file = tmp_path / "data.jsonl"
+    changes = dict(recipe="dpo", data=[tiny.write_jsonl(file, tiny.pairs(6, seed=3))])
+    first = run(world, tmp_path / "out", **changes)
+    tiny.write_jsonl(file, tiny.pairs(6, seed=4))
+    rows = run(world, tmp_path / "out", **changes, steps=5, resume="force")
+    assert rows[:3] == first and [row["step"] for row in rows[3:]] == [4, 5]
+    fresh = run(world, tmp_path / "fresh", **changes, steps=5)
+    assert fresh[0]["chosen_logp"] != first[0]["chosen_logp"] and fresh[4]["loss"] != rows[4]["loss"]
+    assert run(world, tmp_path / "out", **changes, steps=5) == rows
+
+
 def test_what_a_crash_leaves_behind(world, tmp_path, monkeypatch):
     """A torn last line does not stop a resume, and a run that was forced on is finished only when it is."""
     whole = run(world, tmp_path / "whole", recipe="dpo", steps=4)
@@ -410,6 +444,29 @@ def test_out_dir_is_not_somebody_elses(world, tmp_path):
     assert (tmp_path / "final/precious.txt").read_text() == "mine"
 
 
+def test_an_out_dir_among_what_is_read_is_refused(world, tmp_path):
+    """In the model's folder, beside the data, in a copied run that lacks its config.json: nothing is written or deleted."""
+    folder = tiny.folder(tmp_path / "model")
+    out = tmp_path / "out"
+    run(world, out, recipe="osp", steps=2)
+    rollouts = str(out / "rollouts.jsonl")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "metrics.jsonl").write_text('{"step": 7}\n')
+    contents = lambda: {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}     # noqa: E731
+    before = contents()
+    for place, changes, words in ((folder, {}, "would overwrite"), (folder / "run", {}, "lies in the model folder"),
+                                  (folder / "a" / "b", {}, "lies in the model folder"),
+                                  (out, dict(recipe="dpo", data=[rollouts], resume="never"), "rollouts.jsonl lies in --out_dir"),
+                                  (out, dict(data=[rollouts + ":0.5"], resume="force"), "rollouts.jsonl lies in --out_dir"),
+                                  (out, dict(eval_data=[rollouts], resume="never"), "rollouts.jsonl lies in --out_dir"),
+                                  (out, dict(model=str(out / "final"), resume="never"), "would overwrite"),
+                                  (tmp_path / "foreign", {}, "files of another kind"),
+                                  (tmp_path / "foreign", dict(resume="never"), "files of another kind")):
+        with pytest.raises(InputError, match=words):
+            run(world, place, **{"recipe": "osp", "model": str(folder), **changes})
+        assert contents() == before, place
+
+
 def test_a_run_that_diverges_stops_with_a_sentence(world, tmp_path):
     with pytest.raises(InputError, match="step 2: .*not finite"):
         run(world, tmp_path, recipe="dpo", lr=1e30, dtype="float32", grad_clip=0.0)
@@ -428,6 +485,50 @@ def test_a_damaged_checkpoint_is_named(world, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(InputError, match=shard.name):
         run(world, tmp_path, recipe="dpo", save_every=1)
+
+
+def test_only_whole_checkpoints_count(world, tmp_path):
+    """A folder step-old is nobody's checkpoint; a state.json that says nothing is named; both leave the run as it was."""
+    whole = run(world, tmp_path / "whole", recipe="dpo", steps=4)
+    out = tmp_path / "out"
+    run(world, out, recipe="dpo", steps=2)
+    (out / "checkpoint" / "step-old").mkdir()
+    (out / "checkpoint" / "step-old" / "state.json").write_text("{}")
+    (out / "checkpoint" / "step-9").mkdir()                                      # not finished: it has no state.json
+    state = out / "checkpoint" / "step-2" / "state.json"
+    said = state.read_text()
+    for text in ("{}", '{"step": "2", "files": {}}', '{"step": 2}', '{"step": 2, "files": []}', "[]", "{"):
+        state.write_text(text)
+        with pytest.raises(InputError, match="step-2/state.json"):
+            run(world, out, recipe="dpo", steps=4, resume="force")
+        assert len(metrics(out)) == 2 and (out / "final").exists()
+    state.write_text(said)
+    assert figures(run(world, out, recipe="dpo", steps=4, resume="force")) == figures(whole)
+    assert_same_weights(out, tmp_path / "whole", 0)
+    assert (out / "checkpoint" / "step-old").exists()
+
+
+def test_steps_behind_the_checkpoint_are_refused(world, tmp_path):
+    """Two steps of a run that has made three cannot be had: no final/ that says so."""
+    first = run(world, tmp_path, recipe="dpo")
+    train.shutil.rmtree(tmp_path / "final")
+    with pytest.raises(InputError, match="step 3 already, behind --steps=2"):
+        run(world, tmp_path, recipe="dpo", steps=2, resume="force")
+    assert not (tmp_path / "final").exists() and metrics(tmp_path) == first
+    assert run(world, tmp_path, recipe="dpo") == first and (tmp_path / "final").exists()
+
+
+def test_a_checkpoint_of_another_shape_is_named(world, tmp_path):
+    """Another width, more layers, another architecture, another optimizer: one line that names the checkpoint, nothing lost."""
+    out = tmp_path / "out"
+    first = run(world, out, recipe="dpo")
+    others = {"wide": dict(intermediate_size=64), "deep": dict(num_hidden_layers=3), "neox": dict(family="neox")}
+    models = [dict(model=str(tiny.folder(tmp_path / name, **sizes))) for name, sizes in others.items()]
+    for changes in (*models, dict(optimizer="adam")):
+        with pytest.raises(InputError) as refused:
+            run(world, out, recipe="dpo", steps=4, resume="force", **changes)
+        assert f"{out / 'checkpoint/step-3'} does not fit" in str(refused.value) and "\n" not in str(refused.value)
+        assert metrics(out) == first and (out / "final").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
