@@ -128,6 +128,36 @@ def test_overfits_its_pairs(world, tmp_path):
         assert rows[-1]["accuracy"] >= 0.95 and rows[-1]["loss"] < rows[0]["loss"] / 2
 
 
+def test_sampling_prompt_by_prompt_is_sampling_together(world, tmp_path, monkeypatch):
+    """How many prompts share a forward pass is a matter of memory: rollouts, strengths and weights are the same."""
+    asked = []
+    generate = train.sample.generate
+    monkeypatch.setattr(train.sample, "generate", lambda net, prompts, *rest: asked.append(len(prompts)) or
+                        generate(net, prompts, *rest))
+    for size in (None, 1, 3):
+        with monkeypatch.context() as patch:
+            if size:
+                patch.setattr(train.Trainer, "prompts_at_a_time", lambda trainer, share: size)
+            run(world, tmp_path / str(size), model=str(world / "sharp"), recipe="osp")
+    assert asked == [4] * 3 + [1] * 12 + [3, 1] * 3
+    lines = [(tmp_path / name / "rollouts.jsonl").read_text().splitlines() for name in ("None", "1", "3")]
+    assert len(lines[0]) == 3 * 4 * 2 and lines[0] == lines[1] == lines[2]
+    for name in ("1", "3"):
+        assert_same(metrics(tmp_path / name), metrics(tmp_path / "None"), 1e-7)
+        assert_same_weights(tmp_path / name, tmp_path / "None", 1e-10)
+
+
+def test_prompts_sampled_together_fit_into_memory(world, tmp_path):
+    """Keys and values of so many prompts with all their responses stay within 1 GiB, one prompt more does not; never none."""
+    trainer = train.Trainer(train.Settings(**settings(world, tmp_path, recipe="osp")))
+    share, longest = trainer.share(0), max(len(row.x) for _, row in trainer.share(0))
+    for k, max_tokens in ((4, 12), (1000, 5), (7, 10**9)):
+        trainer.settings.k, trainer.data.max_tokens = k, max_tokens
+        each = (longest + k * max_tokens) * 2 * 2 * 2 * 8 * 8                # K and V, layers, heads, their width, bytes
+        count = trainer.prompts_at_a_time(share)
+        assert count >= 1 and (count + 1) * each > 1 << 30 and (count * each <= 1 << 30 or count == 1)
+
+
 def test_a_sample_changes_after_an_update(world, tmp_path):
     """The policy that samples is the updated one: with the same uniforms the rollouts of two runs part after step 1."""
     for name, lr in (("still", 1e-9), ("moving", 3e-2)):
@@ -170,6 +200,33 @@ def test_held_out_rows_are_evaluated(world, tmp_path):
     rows = run(world, tmp_path, recipe="sr-dpo", eval_data=[str(world / "pairs.jsonl")], eval_every=2, lr=1e-12, batch_size=13)
     assert "eval_loss" not in rows[0] and {"eval_loss", "eval_margin", "eval_augmented_accuracy"} < rows[1].keys()
     assert rows[1]["eval_chosen_logp"] == pytest.approx(rows[0]["chosen_logp"], rel=1e-6)
+
+
+def test_fixed_pairs_have_no_sampled_kl(world, tmp_path):
+    """kl is a mean over fresh samples: an online run has it in training, not over its held-out pairs, which have p = 1."""
+    held_out = [str(world / "pairs.jsonl")]
+    rows = run(world, tmp_path, recipe="osp", eval_data=held_out, eval_every=1, reference=str(world / "sharp"))
+    for row in rows:
+        assert row["kl"] != 0 and row["eval_p"] == 1
+        assert {"eval_loss", "eval_margin", "eval_accuracy", "eval_p_hat"} < row.keys()
+        assert not {"eval_kl", "eval_response_length", "eval_finished"} & row.keys()
+
+
+def test_judge_instructions_fit_into_max_length(world, tmp_path, capsys):
+    """Their last id is the answer, A as often as B; what was too long is said, and so are responses that stand alone."""
+    rows = [row | {"rejected": row["rejected"] * (1 + i % 6)} for i, row in enumerate(tiny.pairs(12, seed=2))]
+    alone = [{"prompt": row["prompt"], "response": row["chosen"] * 20} for row in rows[:2]]
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows + alone)
+    lengths = {}
+    for max_length in (200, None):
+        changes = dict(recipe="judge", data=[file], max_length=max_length)
+        trainer = train.Trainer(train.Settings(**settings(world, tmp_path / "out", **changes)))
+        lengths[max_length] = [len(sequence.ids) for sequence in trainer.data.rows]
+        told, a, b = capsys.readouterr().out, *trainer.data.questioner.encode("", "", "")[1]
+        answers = [sequence.ids[sequence.start:] for sequence in trainer.data.rows[:12]]
+        assert answers.count([a]) == answers.count([b]) == 6
+        assert ("shortened to the context" in told) == (max_length == 200)
+    assert max(lengths[200]) == 200 < max(lengths[None]) <= 512 and len(lengths[200]) == 14
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -643,7 +700,8 @@ def test_a_setting_with_effect_passes():
 def test_files_without_a_model_are_refused(name, world, tmp_path, monkeypatch, capsys):
     """A forgotten --model is no wish for the toy world."""
     monkeypatch.setattr("toy.main", lambda settings: pytest.fail("the toy world runs"))
-    code, _, error = tiny.command(train, capsys, monkeypatch, f"--{name}={world / 'pairs.jsonl'}", f"--out_dir={tmp_path / 'out'}")
+    typed = f"--{name}={world / 'pairs.jsonl'}", f"--out_dir={tmp_path / 'out'}"
+    code, _, error = tiny.command(train, capsys, monkeypatch, *typed)
     assert code == 1 and error.startswith(f"error: --{name} needs a model: --model=") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
