@@ -128,6 +128,36 @@ def test_overfits_its_pairs(world, tmp_path):
         assert rows[-1]["accuracy"] >= 0.95 and rows[-1]["loss"] < rows[0]["loss"] / 2
 
 
+def test_sampling_prompt_by_prompt_is_sampling_together(world, tmp_path, monkeypatch):
+    """How many prompts share a forward pass is a matter of memory: rollouts, strengths and weights are the same."""
+    asked = []
+    generate = train.sample.generate
+    monkeypatch.setattr(train.sample, "generate", lambda net, prompts, *rest: asked.append(len(prompts)) or
+                        generate(net, prompts, *rest))
+    for size in (None, 1, 3):
+        with monkeypatch.context() as patch:
+            if size:
+                patch.setattr(train.Trainer, "prompts_at_a_time", lambda trainer, share: size)
+            run(world, tmp_path / str(size), model=str(world / "sharp"), recipe="osp")
+    assert asked == [4] * 3 + [1] * 12 + [3, 1] * 3
+    lines = [(tmp_path / name / "rollouts.jsonl").read_text().splitlines() for name in ("None", "1", "3")]
+    assert len(lines[0]) == 3 * 4 * 2 and lines[0] == lines[1] == lines[2]
+    for name in ("1", "3"):
+        assert_same(metrics(tmp_path / name), metrics(tmp_path / "None"), 1e-7)
+        assert_same_weights(tmp_path / name, tmp_path / "None", 1e-10)
+
+
+def test_prompts_sampled_together_fit_into_memory(world, tmp_path):
+    """Keys and values of so many prompts with all their responses stay within 1 GiB, one prompt more does not; never none."""
+    trainer = train.Trainer(train.Settings(**settings(world, tmp_path, recipe="osp")))
+    share, longest = trainer.share(0), max(len(row.x) for _, row in trainer.share(0))
+    for k, max_tokens in ((4, 12), (1000, 5), (7, 10**9)):
+        trainer.settings.k, trainer.data.max_tokens = k, max_tokens
+        each = (longest + k * max_tokens) * 2 * 2 * 2 * 8 * 8                # K and V, layers, heads, their width, bytes
+        count = trainer.prompts_at_a_time(share)
+        assert count >= 1 and (count + 1) * each > 1 << 30 and (count * each <= 1 << 30 or count == 1)
+
+
 def test_a_sample_changes_after_an_update(world, tmp_path):
     """The policy that samples is the updated one: with the same uniforms the rollouts of two runs part after step 1."""
     for name, lr in (("still", 1e-9), ("moving", 3e-2)):
@@ -172,6 +202,129 @@ def test_held_out_rows_are_evaluated(world, tmp_path):
     assert rows[1]["eval_chosen_logp"] == pytest.approx(rows[0]["chosen_logp"], rel=1e-6)
 
 
+def test_fixed_pairs_have_no_sampled_kl(world, tmp_path):
+    """kl is a mean over fresh samples: an online run has it in training, not over its held-out pairs, which have p = 1."""
+    held_out = [str(world / "pairs.jsonl")]
+    rows = run(world, tmp_path, recipe="osp", eval_data=held_out, eval_every=1, reference=str(world / "sharp"))
+    for row in rows:
+        assert row["kl"] != 0 and row["eval_p"] == 1
+        assert {"eval_loss", "eval_margin", "eval_accuracy", "eval_p_hat"} < row.keys()
+        assert not {"eval_kl", "eval_response_length", "eval_finished"} & row.keys()
+
+
+def test_judge_instructions_fit_into_max_length(world, tmp_path, capsys):
+    """Their last id is the answer, A as often as B; what was too long is said, and so are responses that stand alone."""
+    rows = [row | {"rejected": row["rejected"] * (1 + i % 6)} for i, row in enumerate(tiny.pairs(12, seed=2))]
+    alone = [{"prompt": row["prompt"], "response": row["chosen"] * 20} for row in rows[:2]]
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows + alone)
+    lengths = {}
+    for max_length in (200, None):
+        changes = dict(recipe="judge", data=[file], max_length=max_length)
+        trainer = train.Trainer(train.Settings(**settings(world, tmp_path / "out", **changes)))
+        lengths[max_length] = [len(sequence.ids) for sequence in trainer.data.rows]
+        told, a, b = capsys.readouterr().out, *trainer.data.questioner.encode("", "", "")[1]
+        answers = [sequence.ids[sequence.start:] for sequence in trainer.data.rows[:12]]
+        assert answers.count([a]) == answers.count([b]) == 6
+        assert ("shortened to the context" in told) == (max_length == 200)
+    assert max(lengths[200]) == 200 < max(lengths[None]) <= 512 and len(lengths[200]) == 14
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference's log-probabilities, kept
+
+def cache_path(world, out, **changes):
+    """The one file that a dpo run with these settings would read or write; `out` stays empty."""
+    trainer = train.Trainer(train.Settings(**settings(world, out, **{"recipe": "dpo", **changes})))
+    rows = trainer.data.rows + (trainer.data.held_out or [])
+    trainer.settings.reference_cache = str(world / "nowhere")
+    return train.ReferenceCache(trainer.settings, trainer.dtype, rows, trainer.recipe.loss.startswith("sr-")).path
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "sr-dpo"])
+def test_a_cached_reference_changes_nothing(recipe, world, tmp_path, monkeypatch):
+    """With another model as reference, held-out rows included; the second run with the cache loads no reference at all."""
+    changes = dict(recipe=recipe, reference=str(world / "sharp"), eval_data=[str(world / "pairs.jsonl") + ":0.5"])
+    plain = run(world, tmp_path / "plain", **changes)
+    assert abs(plain[0]["margin"]) > 0.1 and "eval_margin" in plain[-1]
+    changes["reference_cache"] = str(tmp_path / "cache" / "below")
+    assert_same(run(world, tmp_path / "first", **changes), plain, 1e-7)          # metrics.jsonl keeps eight digits
+    file, = (tmp_path / "cache" / "below").iterdir()
+    written = file.stat().st_mtime_ns
+    assert file.name.startswith("reference-") and file.suffix == ".safetensors"
+    monkeypatch.delattr(train.Trainer, "frozen")
+    assert_same(run(world, tmp_path / "second", **changes), plain, 1e-7)
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "cache" / "below").iterdir()] == [written]
+    assert_same_weights(tmp_path / "first", tmp_path / "plain", 1e-9)
+    assert_same_weights(tmp_path / "second", tmp_path / "first", 0)              # read back bit for bit
+
+
+def test_cached_values_are_the_references(world, tmp_path):
+    """Scored alone behind x and behind p⊕x, each response has the cached value; score gives the same margins from both."""
+    changes = dict(recipe="sr-dpo", reference=str(world / "sharp"))
+    plain = train.Trainer(train.Settings(**settings(world, tmp_path / "out", **changes)))
+    cached = train.Trainer(train.Settings(**settings(world, tmp_path / "out", reference_cache=str(tmp_path), **changes)))
+    assert plain.reference is not None and cached.reference is None
+    values = load_file(next(tmp_path.glob("reference-*.safetensors")))
+    assert sorted(values) == ["px", "x"] and not torch.equal(values["x"], values["px"])
+    for i, pair in enumerate(plain.data.rows):
+        for query, x in (("x", pair.x), ("px", pair.px)):
+            for j, y in enumerate((pair.chosen, pair.rejected)):
+                with torch.no_grad():
+                    alone = train.losses.logprobs(plain.reference, data.pack([x + y]), [len(x)]).item()
+                assert values[query][i, j].item() == pytest.approx(alone, abs=1e-9)
+    for query in ("x", "px"):
+        margins = [trainer.score(trainer.data.rows[3:8], query, grad=False)[2] for trainer in (plain, cached)]
+        assert (margins[0] - margins[1]).abs().max() < 1e-9 and margins[0].abs().min() > 0
+
+
+def test_only_what_the_reference_says_is_in_the_key(world, tmp_path):
+    """Weights, rows, p, compute type and cuts make another file; the optimizer, the loss and the folder's name do not."""
+    out, q = tmp_path / "out", dict(recipe="sr-dpo", refinement_prompt="Please: ")
+    key = cache_path(world, out)
+    copy = tmp_path / "copy"
+    train.shutil.copytree(world / "model", copy)
+    same = [dict(batch_size=2), dict(lr=1.0), dict(beta=0.7), dict(recipe="ipo"), dict(seed=5), dict(micro_batch_size=1),
+            dict(reference=str(copy)), dict(max_length=400, max_prompt_length=200)]
+    assert {cache_path(world, out, **changes) for changes in same} == {key}
+    rows = tiny.pairs(13, seed=1)
+    rows[12]["rejected"] += " The small river sings."
+    other = tiny.write_jsonl(tmp_path / "other.jsonl", rows)
+    others = [dict(reference=str(world / "sharp")), dict(data=[other]), dict(dtype="float32"), dict(max_length=40),
+              dict(eval_data=[other]), dict(recipe="sr-dpo"), q]
+    assert len({key, *(cache_path(world, out, **changes) for changes in others)}) == 1 + len(others)
+    assert cache_path(world, out, **q) == cache_path(world, out, **q, lam=0.7)
+    weights = load_file(copy / "model.safetensors")
+    next(iter(weights.values()))[0, 0] += 1e-3
+    train.save_file(weights, copy / "model.safetensors")
+    assert cache_path(world, out, reference=str(copy)) != key
+
+
+def test_a_damaged_cache_is_named(world, tmp_path):
+    """Cut off, of another shape, of another type, or another file altogether."""
+    changes = dict(recipe="dpo", reference_cache=str(tmp_path / "cache"))
+    train.Trainer(train.Settings(**settings(world, tmp_path / "out", **changes)))
+    file, = (tmp_path / "cache").iterdir()
+    whole, values = file.read_bytes(), load_file(file)
+    assert values.keys() == {"x"} and values["x"].shape == (13, 2) and values["x"].dtype == torch.float64
+    damaged = [whole[:-1], whole[:20], b""]
+    for wrong in ({"x": values["x"][1:]}, {"x": values["x"].float()}, {"px": values["x"]}, {**values, "px": values["x"].clone()}):
+        train.save_file(wrong, tmp_path / "wrong")
+        damaged.append((tmp_path / "wrong").read_bytes())
+    for content in damaged:
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=file.name):
+            train.Trainer(train.Settings(**settings(world, tmp_path / "out", **changes)))
+        assert file.read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_written_is_named(world, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(InputError, match=f"--reference_cache={folder} cannot be written"):
+            train.Trainer(train.Settings(**settings(world, tmp_path / "out", recipe="dpo", reference_cache=str(folder))))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One trajectory
 
@@ -192,10 +345,14 @@ def test_two_ranks_follow_one(world, tmp_path):
     """
     runs = [dict(recipe="dpo", steps=20), dict(recipe="osp", steps=20), dict(recipe="dpo", steps=20, dtype="float32"),
             dict(recipe="osp", steps=20, dtype="float32"), dict(recipe="sr-dpo", steps=None), dict(recipe="osp", steps=None),
-            dict(recipe="judge"), dict(recipe="dpo", steps=2, eval_data=[str(world / "pairs.jsonl")])]
+            dict(recipe="judge"), dict(recipe="dpo", steps=2, eval_data=[str(world / "pairs.jsonl")]),
+            dict(recipe="sr-dpo", steps=None, micro_batch_size=2, reference=str(world / "model"), reference_cache="",
+                 eval_data=[str(world / "pairs.jsonl")])]
     sharp = str(world / "sharp")
     both = [[settings(world, tmp_path / f"{name}-{i}", model=sharp, **changes) for name in ("one", "two")]
             for i, changes in enumerate(runs)]
+    for side in both[-1]:
+        side["reference_cache"] = f"{side['out_dir']}-cache"
     launched = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "tests/ranks.py"),
          json.dumps([two for _, two in both])], capture_output=True, text=True, timeout=300,
@@ -212,6 +369,11 @@ def test_two_ranks_follow_one(world, tmp_path):
     assert len(rollouts[0]) == len(rollouts[1]) == 20 * 4 * 2
     strip = lambda lines: [{k: v for k, v in json.loads(line).items() if k != "p"} for line in lines]      # noqa: E731
     assert strip(rollouts[0]) == strip(rollouts[1])
+    # Of 26 cached rows in parts of 2, the first rank has computed 14, the second 12: together what one process computes.
+    (one,), (two,) = (list(Path(side["reference_cache"]).iterdir()) for side in both[-1])
+    assert one.name == two.name
+    for query, values in load_file(one).items():
+        assert values.shape == (26, 2) and (values < 0).all() and (values - load_file(two)[query]).abs().max() < 1e-10
 
 
 def test_ranks_work_on_disjoint_rows(world, tmp_path):
@@ -277,6 +439,40 @@ def test_other_settings_in_a_used_out_dir_are_named(world, tmp_path):
     assert len(run(world, tmp_path, recipe="dpo", beta=0.3, resume="never")) == 3
 
 
+def test_changed_inputs_of_a_finished_run_are_named(world, tmp_path, capsys):
+    """The same settings with other contents behind them: data, held-out rows, weights. Restored, the run is finished again."""
+    folder = tiny.folder(tmp_path / "model")
+    file, held_out = (Path(tiny.write_jsonl(tmp_path / f"{name}.jsonl", tiny.pairs(6, seed=3))) for name in ("data", "held_out"))
+    changes = dict(model=str(folder), recipe="dpo", data=[str(file)], eval_data=[str(held_out)])
+    first = run(world, tmp_path / "out", **changes)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for path in (file, held_out, folder / "model.safetensors"):
+        whole = path.read_bytes()
+        at = len(whole) * 3 // 4
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])        # one bit, the same size
+        named = folder if path.parent == folder else path
+        with pytest.raises(InputError, match=f"the contents of {named};"):
+            run(world, tmp_path / "out", **changes)
+        path.write_bytes(whole)
+        capsys.readouterr()
+        assert run(world, tmp_path / "out", **changes) == first
+        assert "is finished" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_force_goes_on_with_changed_inputs(world, tmp_path):
+    """The run keeps its steps, goes on with the new rows, and those are its inputs from then on."""
+    file = tmp_path / "data.jsonl"
+    changes = dict(recipe="dpo", data=[tiny.write_jsonl(file, tiny.pairs(6, seed=3))])
+    first = run(world, tmp_path / "out", **changes)
+    tiny.write_jsonl(file, tiny.pairs(6, seed=4))
+    rows = run(world, tmp_path / "out", **changes, steps=5, resume="force")
+    assert rows[:3] == first and [row["step"] for row in rows[3:]] == [4, 5]
+    fresh = run(world, tmp_path / "fresh", **changes, steps=5)
+    assert fresh[0]["chosen_logp"] != first[0]["chosen_logp"] and fresh[4]["loss"] != rows[4]["loss"]
+    assert run(world, tmp_path / "out", **changes, steps=5) == rows
+
+
 def test_what_a_crash_leaves_behind(world, tmp_path, monkeypatch):
     """A torn last line does not stop a resume, and a run that was forced on is finished only when it is."""
     whole = run(world, tmp_path / "whole", recipe="dpo", steps=4)
@@ -305,6 +501,29 @@ def test_out_dir_is_not_somebody_elses(world, tmp_path):
     assert (tmp_path / "final/precious.txt").read_text() == "mine"
 
 
+def test_an_out_dir_among_what_is_read_is_refused(world, tmp_path):
+    """In the model's folder, beside the data, in a copied run that lacks its config.json: nothing is written or deleted."""
+    folder = tiny.folder(tmp_path / "model")
+    out = tmp_path / "out"
+    run(world, out, recipe="osp", steps=2)
+    rollouts = str(out / "rollouts.jsonl")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "metrics.jsonl").write_text('{"step": 7}\n')
+    contents = lambda: {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}     # noqa: E731
+    before = contents()
+    for place, changes, words in ((folder, {}, "would overwrite"), (folder / "run", {}, "lies in the model folder"),
+                                  (folder / "a" / "b", {}, "lies in the model folder"),
+                                  (out, dict(recipe="dpo", data=[rollouts], resume="never"), "rollouts.jsonl lies in --out_dir"),
+                                  (out, dict(data=[rollouts + ":0.5"], resume="force"), "rollouts.jsonl lies in --out_dir"),
+                                  (out, dict(eval_data=[rollouts], resume="never"), "rollouts.jsonl lies in --out_dir"),
+                                  (out, dict(model=str(out / "final"), resume="never"), "would overwrite"),
+                                  (tmp_path / "foreign", {}, "files of another kind"),
+                                  (tmp_path / "foreign", dict(resume="never"), "files of another kind")):
+        with pytest.raises(InputError, match=words):
+            run(world, place, **{"recipe": "osp", "model": str(folder), **changes})
+        assert contents() == before, place
+
+
 def test_a_run_that_diverges_stops_with_a_sentence(world, tmp_path):
     with pytest.raises(InputError, match="step 2: .*not finite"):
         run(world, tmp_path, recipe="dpo", lr=1e30, dtype="float32", grad_clip=0.0)
@@ -323,6 +542,50 @@ def test_a_damaged_checkpoint_is_named(world, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(InputError, match=shard.name):
         run(world, tmp_path, recipe="dpo", save_every=1)
+
+
+def test_only_whole_checkpoints_count(world, tmp_path):
+    """A folder step-old is nobody's checkpoint; a state.json that says nothing is named; both leave the run as it was."""
+    whole = run(world, tmp_path / "whole", recipe="dpo", steps=4)
+    out = tmp_path / "out"
+    run(world, out, recipe="dpo", steps=2)
+    (out / "checkpoint" / "step-old").mkdir()
+    (out / "checkpoint" / "step-old" / "state.json").write_text("{}")
+    (out / "checkpoint" / "step-9").mkdir()                                      # not finished: it has no state.json
+    state = out / "checkpoint" / "step-2" / "state.json"
+    said = state.read_text()
+    for text in ("{}", '{"step": "2", "files": {}}', '{"step": 2}', '{"step": 2, "files": []}', "[]", "{"):
+        state.write_text(text)
+        with pytest.raises(InputError, match="step-2/state.json"):
+            run(world, out, recipe="dpo", steps=4, resume="force")
+        assert len(metrics(out)) == 2 and (out / "final").exists()
+    state.write_text(said)
+    assert figures(run(world, out, recipe="dpo", steps=4, resume="force")) == figures(whole)
+    assert_same_weights(out, tmp_path / "whole", 0)
+    assert (out / "checkpoint" / "step-old").exists()
+
+
+def test_steps_behind_the_checkpoint_are_refused(world, tmp_path):
+    """Two steps of a run that has made three cannot be had: no final/ that says so."""
+    first = run(world, tmp_path, recipe="dpo")
+    train.shutil.rmtree(tmp_path / "final")
+    with pytest.raises(InputError, match="step 3 already, behind --steps=2"):
+        run(world, tmp_path, recipe="dpo", steps=2, resume="force")
+    assert not (tmp_path / "final").exists() and metrics(tmp_path) == first
+    assert run(world, tmp_path, recipe="dpo") == first and (tmp_path / "final").exists()
+
+
+def test_a_checkpoint_of_another_shape_is_named(world, tmp_path):
+    """Another width, more layers, another architecture, another optimizer: one line that names the checkpoint, nothing lost."""
+    out = tmp_path / "out"
+    first = run(world, out, recipe="dpo")
+    others = {"wide": dict(intermediate_size=64), "deep": dict(num_hidden_layers=3), "neox": dict(family="neox")}
+    models = [dict(model=str(tiny.folder(tmp_path / name, **sizes))) for name, sizes in others.items()]
+    for changes in (*models, dict(optimizer="adam")):
+        with pytest.raises(InputError) as refused:
+            run(world, out, recipe="dpo", steps=4, resume="force", **changes)
+        assert f"{out / 'checkpoint/step-3'} does not fit" in str(refused.value) and "\n" not in str(refused.value)
+        assert metrics(out) == first and (out / "final").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,6 +647,78 @@ def test_help_prints_every_setting(monkeypatch, capsys):
     assert left.value.code == 0
     for field, comment in train.cli.fields_with_comments(train.Settings):
         assert f"--{field.name}=" in printed and comment and comment in printed
+
+
+USELESS = {
+    "sft": "k=3 beta=1 weight_decay=0.1 lam=0.3 reference=x reference_cache=x judge=x judge_task=summary eval_every=1",
+    "judge": "beta=1 temperature=0.7 refinement_prompt=x delta_scale=exact max_tokens=8 sample_every=1",
+    "dpo": "k=3 lam=0.5 eval_every=1 betas=0.9,0.99 top_p=0.5 judge=x judge_task=helpful prompts={pairs} delta_scale=exact",
+    "sr-dpo": "delta_scale=exact weight_decay=0 sample_every=0",
+    "sr-ipo": "k=7",
+    "osp": "lam=0.5 reference_cache=x refinement_prompt=x eval_every=1 weight_decay=0.1",
+}
+
+
+@pytest.mark.parametrize("recipe", USELESS)
+def test_a_setting_without_effect_is_refused(recipe, world, tmp_path, monkeypatch, capsys):
+    """Exit status 1 and one sentence with its name, though what was typed be the default."""
+    for typed in USELESS[recipe].format(pairs=world / "pairs.jsonl").split():
+        code, _, error = tiny.command(train, capsys, monkeypatch, f"--recipe={recipe}", f"--model={world / 'model'}",
+                                      f"--data={world / 'pairs.jsonl'}", f"--out_dir={tmp_path / 'out'}", f"--{typed}")
+        name = typed.split("=")[0]
+        assert code == 1 and error.startswith(f"error: --{name} would change nothing") and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_beside_prompts_is_refused(world, tmp_path, monkeypatch, capsys):
+    file = world / "pairs.jsonl"
+    code, _, error = tiny.command(train, capsys, monkeypatch, f"--model={world / 'model'}", f"--data={file}",
+                                  f"--prompts={file}", f"--out_dir={tmp_path / 'out'}")
+    assert code == 1 and error.startswith("error: --data would change nothing") and "--prompts" in error
+
+
+def test_a_setting_with_effect_passes():
+    """What each recipe reads, all of it at once and none of it at its default."""
+    all_of_them = dict(model="m", data=["d"], eval_data=["e"], eval_every=1, optimizer="adamw", weight_decay=0.1,
+                       betas=[0.8, 0.9], lr=1.0, grad_clip=2.0, max_length=50, max_prompt_length=9, chat="hh", keep=3)
+    pairs = dict(all_of_them, beta=0.7, reference="r", reference_cache="c")
+    refined = dict(pairs, lam=0.7, refinement_prompt="q")
+    used = {"sft": all_of_them, "judge": dict(all_of_them, judge_task="summary"), "dpo": pairs, "ipo": pairs, "sr-dpo": refined,
+            "sr-ipo": dict(refined, delta_scale="exact"),
+            "osp": dict(all_of_them, beta=0.7, reference="r", judge="j", judge_task="summary", k=3, temperature=0.5, top_p=0.5,
+                        max_tokens=9, sample_every=1)}
+    used["osp with prompts"] = {**used["osp"], "prompts": ["p"], "data": None}
+    assert used.keys() > train.RECIPES.keys()
+    for recipe, values in used.items():
+        chosen = train.Settings(recipe=recipe.split()[0], **values)
+        assert chosen.given.keys() >= values.keys() - {"data"}
+        chosen.check_used()
+    train.Settings(recipe="osp", eval_every=5, k=3).check_used()         # the toy world has held-out rows of its own
+
+
+@pytest.mark.parametrize("name", ["data", "prompts", "eval_data", "reference", "judge"])
+def test_files_without_a_model_are_refused(name, world, tmp_path, monkeypatch, capsys):
+    """A forgotten --model is no wish for the toy world."""
+    monkeypatch.setattr("toy.main", lambda settings: pytest.fail("the toy world runs"))
+    typed = f"--{name}={world / 'pairs.jsonl'}", f"--out_dir={tmp_path / 'out'}"
+    code, _, error = tiny.command(train, capsys, monkeypatch, *typed)
+    assert code == 1 and error.startswith(f"error: --{name} needs a model: --model=") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_a_winner_are_left_out(world, tmp_path, capsys):
+    """p = ½ says nothing to dpo: some such rows are counted, nothing but such rows is an error; held-out rows alike."""
+    rows = [row | {"p": p} for row, p in zip(tiny.pairs(5, seed=2), (0.5, 0.9, 0.5, 0.1, 0.5))]
+    some = tiny.write_jsonl(tmp_path / "some.jsonl", rows)
+    none = tiny.write_jsonl(tmp_path / "none.jsonl", rows[::2])
+    trainer = train.Trainer(train.Settings(**settings(world, tmp_path / "out", recipe="dpo", data=[some])))
+    assert [pair.row.prompt for pair in trainer.data.rows] == [rows[1]["prompt"], rows[3]["prompt"]]
+    assert "3 of 5 pairs have p = ½" in capsys.readouterr().out
+    for changes in (dict(data=[none]), dict(eval_data=[none])):
+        with pytest.raises(InputError, match="none.jsonl: every pair has p = ½; dpo"):
+            train.Trainer(train.Settings(**settings(world, tmp_path / "out", recipe="dpo", **changes)))
+    soft = train.Trainer(train.Settings(**settings(world, tmp_path / "out", recipe="osp", eval_data=[none])))
+    assert [pair.p for pair in soft.data.held_out] == [0.5] * 3             # a strength of ½ is one to spce
 
 
 # ---------------------------------------------------------------------------------------------------------------------
