@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -415,7 +416,7 @@ class ReferenceCache:
             for ids in (*(getattr(pair, query) for query in self.queries), pair.chosen, pair.rejected):
                 key.update(np.array([len(ids), *ids], dtype=np.int64).tobytes())
         self.path = Path(settings.reference_cache) / f"reference-{key.hexdigest()[:32]}.safetensors"
-        self.values = self.read() if self.path.exists() else None
+        self.values = self.read() if os.path.exists(self.path) else None
 
     def read(self):
         """The values of a file, checked: its name says what they belong to, not that the file is whole."""
@@ -431,8 +432,8 @@ class ReferenceCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file(self.values, aside)
             os.replace(aside, self.path)
-        except OSError as error:
-            raise InputError(f"--reference_cache={self.path.parent} cannot be written: {error.strerror}.") from None
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"--reference_cache={self.path.parent} cannot be written: {error}.") from None
 
     def attach(self):
         """Give each pair its values; whoever scores it asks there first."""
@@ -757,7 +758,7 @@ class Trainer:
         """Read weights and optimizer state in place, on any number of ranks; returns the step."""
         state = cli.read_json(folder / "state.json")
         remedy = f"remove {folder} to go on from an earlier one, or start over with --resume=never"
-        if type(state.get("step")) is not int or not isinstance(state.get("files"), dict):
+        if type(state.get("step")) is not int or state["step"] < 1 or not isinstance(state.get("files"), dict):
             raise InputError(f"{folder / 'state.json'} does not say what the checkpoint holds; {remedy}.")
         for name, size in state["files"].items():
             path = folder / name
@@ -773,7 +774,11 @@ class Trainer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             try:
-                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=self.ranks.size == 1)
+                reader = dcp.HuggingFaceStorageReader(str(folder))
+                more = sorted(reader.read_metadata().state_dict_metadata.keys() - tensors.keys())
+                if more:             # dcp reads what it is asked for and does not mind the rest
+                    raise ValueError(f"it also holds {more[0]}")
+                dcp.load(tensors, storage_reader=reader, no_dist=self.ranks.size == 1)
             except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError) as error:
                 why = str(error).strip().splitlines()[-1]
                 raise InputError(f"{folder} does not fit this model and optimizer ({why}); {remedy}.") from None
@@ -798,23 +803,22 @@ class Trainer:
     def claim_out_dir(self):
         """Make out_dir, and refuse one that is not a run's: it will be written to and partly cleared. Returns the settings
         of the run it holds, or None."""
-        for folder in (self.settings.model, self.settings.reference, self.settings.judge):
-            for ours in (self.out, self.out / "final", self.out / "checkpoint"):
-                if folder and Path(folder).resolve() == ours.resolve():
-                    raise InputError(f"--out_dir={self.out} would overwrite {folder}, which this run reads; name another.")
+        s, out = self.settings, self.out.resolve()
+        for folder in filter(None, (s.model, s.reference, s.judge, s.reference_cache)):
+            path = Path(folder).resolve()
+            if any(path.is_relative_to(out / name) for name in ("final", "checkpoint")) or path == out and folder != s.reference_cache:
+                raise InputError(f"--out_dir={self.out} would overwrite {folder}, which this run needs; name another.")
+            if out.is_relative_to(path) and folder != s.reference_cache:
+                raise InputError(f"--out_dir={self.out} lies in the model folder {folder}; name another.")
+        for spec in (*(s.data or []), *(s.prompts or []), *(s.eval_data or [])):
+            file = Path(data.split_weight(spec)[0]).resolve()
+            if file.parent == out or any(file.is_relative_to(out / name) for name in ("final", "checkpoint")):
+                raise InputError(f"{file.name} lies in --out_dir={self.out}, which this run writes to; name another out_dir.")
         if any(place.exists() and not place.is_dir() for place in (self.out, *self.out.parents)):
             raise InputError(f"--out_dir={self.out} cannot be written: a file stands in the way.")
         before = cli.read_json(self.out / "config.json", absent={})
-        for folder in filter(None, (self.settings.model, self.settings.reference, self.settings.judge)):
-            if self.out.resolve().is_relative_to(Path(folder).resolve()):
-                raise InputError(f"--out_dir={self.out} lies in the model folder {folder}; name another.")
-        s = self.settings
-        for spec in (*(s.data or []), *(s.prompts or []), *(s.eval_data or [])):
-            file = Path(data.split_weight(spec)[0]).resolve()
-            if file.parent == self.out.resolve():
-                raise InputError(f"{file.name} lies in --out_dir={self.out}, which this run writes to; name another out_dir.")
         ours = ("config.json", "final", "checkpoint", "metrics.jsonl", "rollouts.jsonl")
-        if "settings" not in before and any((self.out / name).exists() for name in ours):
+        if not isinstance(before.get("settings"), dict) and any((self.out / name).exists() for name in ours):
             raise InputError(f"--out_dir={self.out} holds files of another kind; name an empty or a new folder.")
         return before.get("settings")
 
@@ -1003,13 +1007,15 @@ METRICS = ("loss margin refined_margin accuracy augmented_accuracy kl p p_hat ch
 
 
 def records(path):
-    """[(line, its object)] of a jsonl file, up to the first line that a crash left torn."""
+    """[(line, its object)] of a jsonl file, up to the first line that a crash left torn or that is no step's."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []:
         try:
-            found.append((line, json.loads(line)))
-        except ValueError:
+            record = json.loads(line)
+            record["step"]
+        except (ValueError, KeyError, TypeError):
             break
+        found.append((line, record))
     return found
 
 

@@ -2,8 +2,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -579,7 +581,8 @@ def test_a_checkpoint_of_another_shape_is_named(world, tmp_path):
     """Another width, more layers, another architecture, another optimizer: one line that names the checkpoint, nothing lost."""
     out = tmp_path / "out"
     first = run(world, out, recipe="dpo")
-    others = {"wide": dict(intermediate_size=64), "deep": dict(num_hidden_layers=3), "neox": dict(family="neox")}
+    others = {"wide": dict(intermediate_size=64), "deep": dict(num_hidden_layers=3), "shallow": dict(num_hidden_layers=1),
+              "neox": dict(family="neox")}
     models = [dict(model=str(tiny.folder(tmp_path / name, **sizes))) for name, sizes in others.items()]
     for changes in (*models, dict(optimizer="adam")):
         with pytest.raises(InputError) as refused:
@@ -768,3 +771,83 @@ def test_rows_of_text_take_the_format_and_the_better_response(world, tmp_path):
         (sequence,), tokenizer = trainer.data.rows, trainer.tokenizer
         assert sequence.ids[:sequence.start] == tokenizer.prefix(False) + tokenizer.encode(text)
         assert sequence.ids[sequence.start:] == tokenizer.encode_after("a river" if chat is None else " a river")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interruptions
+
+def launch(arguments, ranks=1):
+    """A real training process, in a session of its own; `ranks` > 1 through torchrun."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else \
+        [sys.executable]
+    return subprocess.Popen([*start, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+def until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def lines(path):
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def arguments_of(world, out, **changes):
+    given = dict(recipe="dpo", model=world / "model", data=world / "pairs.jsonl", out_dir=out, batch_size=4, dtype="float64",
+                 **changes)
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(number, world, tmp_path):
+    """The step under way is finished, a checkpoint is written, the status is 128 + the signal; the resumed run ends with the
+    metrics of one that nobody stopped."""
+    steps = 400
+    running = launch(arguments_of(world, tmp_path / "cut", steps=steps))
+    until(lambda: lines(tmp_path / "cut" / "metrics.jsonl") >= 3)
+    running.send_signal(number)
+    said, _ = running.communicate(timeout=60)
+    done = lines(tmp_path / "cut" / "metrics.jsonl")
+    assert running.returncode == 128 + number and f"{number.name}: stopped after step {done} of {steps}" in said
+    assert (tmp_path / "cut" / "checkpoint" / f"step-{done}" / "state.json").exists() and 3 <= done < steps
+    assert not (tmp_path / "cut" / "final").exists()
+    given = dict(model=str(world / "model"), data=[str(world / "pairs.jsonl")], recipe="dpo", batch_size=4, dtype="float64", steps=steps)
+    resumed = train.Trainer(train.Settings(**given, out_dir=str(tmp_path / "cut"))).run()
+    whole = train.Trainer(train.Settings(**given, out_dir=str(tmp_path / "whole"))).run()
+    for name in ("loss", "margin", "grad_norm", "chosen_logp"):
+        assert resumed[name] == whole[name]
+
+
+def test_an_out_dir_has_one_writer(world, tmp_path):
+    """The second run is refused in a sentence and changes nothing; when the first is gone the lock is too."""
+    running = launch(arguments_of(world, tmp_path / "out", steps=4000))
+    until(lambda: lines(tmp_path / "out" / "metrics.jsonl") >= 2)
+    second = launch(arguments_of(world, tmp_path / "out", steps=4000))
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 1 and f"error: another run is writing to --out_dir={tmp_path / 'out'}" in said
+    assert running.poll() is None
+    running.kill()
+    running.wait()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[:-1]]
+    assert steps == list(range(1, len(steps) + 1))
+    third = launch(arguments_of(world, tmp_path / "out", steps=4000))
+    until(lambda: third.poll() is not None or lines(tmp_path / "out" / "metrics.jsonl") in range(1, 4))
+    assert third.poll() is None
+    third.kill()
+    third.wait()
+
+
+def test_workers_leave_with_their_torchrun(world, tmp_path):
+    """SIGKILL of torchrun leaves its workers alive, and they would go on writing."""
+    running = launch(arguments_of(world, tmp_path / "out", steps=100_000), ranks=2)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    until(lambda: lines(metrics) >= 2)
+    running.kill()
+    running.wait()
+    time.sleep(3)
+    written = metrics.read_bytes()
+    time.sleep(1)
+    assert metrics.read_bytes() == written
