@@ -196,6 +196,8 @@ class Side:
         self.process.start()
         theirs.close()
         self.facts = self.hear()
+        if "flags" in self.facts:
+            print(f"  {name}: {' '.join(f'{key}={value}' for key, value in self.facts['flags'].items())}", flush=True)
 
     def hear(self):
         try:
@@ -232,7 +234,8 @@ def agree(ours, peer, tolerance=1e-3):
     for key in ours.facts["check"]:
         a, b = (torch.tensor(x.facts["check"][key], dtype=torch.float64) for x in (ours, peer))
         if a.shape != b.shape or ((a - b).abs() > tolerance * b.abs().clamp_min(1)).any():
-            raise InputError(f"{ours.name} and {peer.name} disagree on {key}: {a.flatten()[:4].tolist()} and {b.flatten()[:4].tolist()}.")
+            raise InputError(f"{ours.name} and {peer.name} disagree on {key}: {a.flatten()[:4].tolist()} and "
+                             f"{b.flatten()[:4].tolist()}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,7 +309,6 @@ def peer_pairs(s, folder, device, turns, micro, batches, cached=False):
     import trl
     rows = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair)) for batch in batches for pair in batch]
     arguments = trl_arguments(s, folder, micro, precompute_ref_log_probs=cached)
-    print(arguments)
 
     class Prepared(trl.DPOTrainer):
         """The rows are ids already, in the order in which the other side takes them."""
@@ -321,7 +323,8 @@ def peer_pairs(s, folder, device, turns, micro, batches, cached=False):
                        processing_class=words(32000), callbacks=[in_turn(turns)])
     batch = trainer.data_collator(rows[:s.batch_size])
     chosen, rejected = trainer.compute_ref_log_probs(trainer.model, {k: v.to(device) for k, v in batch.items()})
-    turns.say(check={"log-probabilities": torch.stack((chosen, rejected), 1).flatten().float().tolist(),
+    turns.say(flags=arguments,
+              check={"log-probabilities": torch.stack((chosen, rejected), 1).flatten().float().tolist(),
                      "tokens": [len(row["prompt_ids"]) + len(row[name]) for row in rows[:s.batch_size]
                                 for name in ("chosen_ids", "rejected_ids")]})
     trainer.train()
@@ -404,8 +407,7 @@ def peer_sampling(s, folder, device, turns, prompts):
             return net.generate(input_ids=tokens, attention_mask=mask, pad_token_id=0, min_new_tokens=n, max_new_tokens=n,
                                 use_cache=True, **how)[:, longest:]
     sampled = dict(do_sample=True, temperature=0.7, top_p=0.9, top_k=0, num_return_sequences=s.k)
-    print(sampled)
-    turns.say(check={"greedy tokens": generate(8, do_sample=False).tolist(),
+    turns.say(flags=sampled, check={"greedy tokens": generate(8, do_sample=False).tolist(),
                      "tokens": [len(row) for row in generate(s.max_tokens, **sampled)]})
     while True:
         with turns:
@@ -487,7 +489,6 @@ def peer_online(s, folder, device, turns, micro, prompts):
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
     arguments = trl_arguments(s, folder, micro, max_new_tokens=s.max_tokens, temperature=0.7, top_p=0.9,
                               generation_kwargs={"min_new_tokens": s.max_tokens})
-    print(arguments)
     net = peer_model(folder, device)
 
     class InOrder(OnlineDPOTrainer):
@@ -500,7 +501,7 @@ def peer_online(s, folder, device, turns, micro, prompts):
     with torch.no_grad():
         check = [net(torch.tensor([ids], device=device)).logits[0, :-1].float().log_softmax(-1)
                  .gather(-1, torch.tensor(ids[1:], device=device)[:, None]).sum().item() for ids in prompts[:4]]
-    turns.say(check={"log-probabilities": check})
+    turns.say(flags=arguments, check={"log-probabilities": check})
     trainer.train()
 
 
@@ -517,7 +518,8 @@ class Line:
     unit: str
 
     def figures(self):
-        return {"what": self.what, "ours_s": self.ours.median, "peer_s": self.peer.median, "ratio": self.peer.median / self.ours.median,
+        return {"what": self.what, "ours_s": self.ours.median, "peer_s": self.peer.median,
+                "ratio": self.peer.median / self.ours.median,
                 "spread": [min(self.ours.seconds), max(self.ours.seconds), min(self.peer.seconds), max(self.peer.seconds)],
                 "rate": self.units / self.ours.median, "peer_rate": self.units / self.peer.median, "unit": self.unit,
                 "ours_bytes": self.ours.peak, "peer_bytes": self.peer.peak, "memory": self.ours.peak / self.peer.peak}
@@ -582,14 +584,15 @@ def timed(work, rounds):
 
 
 def row_k(s, folder):
-    """Seconds of sampling, judging and updating against K, and against K times the cost of one."""
+    """Seconds of sampling and of judging K responses a prompt, and how many times those of one."""
     device = sample.pick_device(s.device)
     net, tokenizer = sample.load_model(folder / "model", s.dtype, device)
     rows, _ = data.read_rows(folder / "pairs.jsonl", "pairs")
     questioner, prompts = judge.Questioner(tokenizer, "helpful", net.config.context), prompts_of(s, folder, 300)[:2]
     allowed, found = torch.ones(net.config.vocab_size, dtype=torch.bool), []
     texts = [text for row in rows for text in (row.chosen, row.rejected)]
-    print(f"\n{len(prompts)} prompts, {s.max_tokens} tokens a sample{'':>10} sampling   judging   (seconds; in brackets: over K = 1)")
+    print(f"\n{len(prompts)} prompts, {s.max_tokens} tokens a sample{'':>10} sampling   judging   (seconds; in brackets: "
+          f"over K = 1)")
     for k in (1, 3, 7, 15):
         table = torch.stack([sample.uniforms(0, 0, i, k, s.max_tokens) for i in range(len(prompts))])
         contexts = [data.context_text(row.prompt) for row in rows[:len(prompts)]]
@@ -670,7 +673,8 @@ def main(settings):
         speed = machine(s.dtype, device)
         print(f"{parameters / 1e6:.1f} M parameters, {s.dtype} on {torch.cuda.get_device_name() if device == 'cuda' else device}, "
               f"{torch.get_num_threads()} threads, a matrix product runs at {speed / 1e9:.0f} Gflop/s; a forward takes "
-              f"{blocks / 1e6:.0f} Mflop a token in the blocks and {head / 1e6:.0f} in the head; {s.rounds} rounds\n{HEADER}", flush=True)
+              f"{blocks / 1e6:.0f} Mflop a token in the blocks and {head / 1e6:.0f} in the head; "
+              f"{s.rounds} rounds\n{HEADER}", flush=True)
         for row in s.rows:
             found = ROWS[row](s, folder)
             results[row] = show(found) if found and isinstance(found[0], Line) else found

@@ -806,9 +806,10 @@ class Trainer:
         s, out = self.settings, self.out.resolve()
         for folder in filter(None, (s.model, s.reference, s.judge, s.reference_cache)):
             path = Path(folder).resolve()
-            if any(path.is_relative_to(out / name) for name in ("final", "checkpoint")) or path == out and folder != s.reference_cache:
+            may_hold_out = folder == s.reference_cache       # a cache may lie anywhere but where a run clears its folders
+            if any(path.is_relative_to(out / name) for name in ("final", "checkpoint")) or path == out and not may_hold_out:
                 raise InputError(f"--out_dir={self.out} would overwrite {folder}, which this run needs; name another.")
-            if out.is_relative_to(path) and folder != s.reference_cache:
+            if out.is_relative_to(path) and not may_hold_out:
                 raise InputError(f"--out_dir={self.out} lies in the model folder {folder}; name another.")
         for spec in (*(s.data or []), *(s.prompts or []), *(s.eval_data or [])):
             file = Path(data.split_weight(spec)[0]).resolve()
@@ -854,8 +855,8 @@ class Trainer:
             changed = changed or [f"the contents of {path}" for path, digest in settings["inputs"].items()
                                   if self.before.get("inputs", {}).get(path) != digest]
             if changed and s.resume != "force":
-                raise InputError(f"{self.out} holds a run with other settings or data: {', '.join(changed)}; use another --out_dir, "
-                                 f"--resume=never to start over or --resume=force to go on all the same.")
+                raise InputError(f"{self.out} holds a run with other settings or data: {', '.join(changed)}; use another "
+                                 f"--out_dir, --resume=never to start over or --resume=force to go on all the same.")
             if (self.out / "final").exists() and last == self.steps:
                 return None
             found = self.checkpoints()
@@ -939,8 +940,8 @@ class Trainer:
             if last or signal_number or s.save_every and (step + 1) % s.save_every == 0:
                 self.save_checkpoint(step + 1)
             if signal_number and not last:
-                self.say(f"\n{signal.Signals(signal_number).name}: stopped after step {step + 1} of {self.steps} and saved; the same "
-                         f"command goes on from there.")
+                self.say(f"\n{signal.Signals(signal_number).name}: stopped after step {step + 1} of {self.steps} and saved; "
+                         f"the same command goes on from there.")
                 sys.exit(128 + signal_number)
         self.save_final()
         self.say(f"{s.recipe}: written to {self.out / 'final'}")
@@ -1053,7 +1054,8 @@ def rounded(value):
 
 def summary(metrics):
     """The few figures of a step that a person watches."""
-    shown = ("loss", "margin", "refined_margin", "accuracy", "augmented_accuracy", "p", "p_hat", "kl", "response_length", "eval_loss", "eval_accuracy")
+    shown = ("loss", "margin", "refined_margin", "accuracy", "augmented_accuracy", "p", "p_hat", "kl", "response_length",
+             "eval_loss", "eval_accuracy")
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
 
 

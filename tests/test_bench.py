@@ -1,0 +1,119 @@
+"""bench.py: both sides of a row compute the same (transformers is the oracle), and the alternation is fair."""
+import contextlib
+import statistics
+import time
+
+import pytest
+import torch
+
+import bench
+import data
+from cli import InputError
+
+SMALL = dict(width=32, layers=2, heads=2, ffn=64, batch_size=4, micro_batch_size=2, peer_micro_batch_sizes=[4], k=3, max_tokens=12,
+             rounds=1)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Settings of a small model, and the folder in which it was made ready."""
+    settings, folder = bench.Settings(**SMALL), tmp_path_factory.mktemp("bench")
+    bench.prepare(settings, folder)
+    return settings, folder
+
+
+class FirstWord:
+    """Stands for Turns: takes a side's facts and sends it home."""
+
+    def say(self, **facts):
+        self.facts = facts
+        raise bench.Done
+
+    @classmethod
+    def of(cls, side, settings, folder, **more):
+        heard = cls()
+        heard.name = side.__name__
+        with contextlib.suppress(bench.Done):
+            side(settings, folder, "cpu", heard, **more)
+        return heard
+
+
+def test_made_up_work(work):
+    """32,000 ids, text that comes back whole, and lengths spread like HH-RLHF's: half of the prompts below 110 tokens or so."""
+    settings, folder = work
+    tokenizer = data.load_tokenizer(folder / "model")
+    assert tokenizer.vocab_size == 32000
+    rows, _ = data.read_rows(folder / "pairs.jsonl", "pairs")
+    for row in rows[:20]:
+        assert tokenizer.decode(tokenizer.encode(row.chosen)) == row.chosen
+    pairs, _ = data.encode_dataset(tokenizer, rows, "hh", 512, 256)
+    assert 80 < statistics.median(len(pair.x) for pair in pairs) < 150
+    assert 30 < statistics.median(len(pair.chosen) for pair in pairs) < 65
+    assert 20 < statistics.median(len(pair.rejected) for pair in pairs) < 50
+
+
+def test_sampling_is_what_transformers_generates(work):
+    ours = FirstWord.of(bench.our_sampling, *work)
+    peer = FirstWord.of(bench.peer_sampling, *work, prompts=ours.facts["prompts"])
+    assert ours.facts["check"] == peer.facts["check"] and ours.facts["amount"] == 4 * 3 * 12
+
+
+@pytest.mark.parametrize("logits_to_keep", [0, 1])
+def test_judging_is_what_transformers_says(work, logits_to_keep):
+    """K = 3: 2·(3 + 1) = 8 instructions a prompt."""
+    ours = FirstWord.of(bench.our_judging, *work)
+    peer = FirstWord.of(bench.peer_judging, *work, asked=ours.facts["asked"], logits_to_keep=logits_to_keep)
+    bench.agree(ours, peer, tolerance=1e-5)
+    assert ours.facts["amount"] == len(peer.facts["check"]["P(A)"]) == 4 * 8
+
+
+def test_sft_is_what_transformers_trains_on(work):
+    ours = FirstWord.of(bench.our_sft, *work)
+    peer = FirstWord.of(bench.peer_sft, *work, micro=4, batches=ours.facts["batches"])
+    bench.agree(ours, peer, tolerance=1e-5)
+
+
+def test_sides_that_disagree_are_not_timed(work):
+    ours, peer = FirstWord(), FirstWord()
+    ours.name, peer.name, ours.facts, peer.facts = "ours", "theirs", {"check": {"P(A)": [0.5, 0.4]}}, {"check": {"P(A)": [0.5, 0.41]}}
+    with pytest.raises(InputError, match=r"ours and theirs disagree on P\(A\)"):
+        bench.agree(ours, peer)
+    peer.facts["check"]["P(A)"] = [0.5]
+    with pytest.raises(InputError, match="disagree"):
+        bench.agree(ours, peer)
+    peer.facts["check"]["P(A)"] = [0.5, 0.4005]
+    bench.agree(ours, peer)
+
+
+def idle(settings, folder, device, turns, seconds):
+    """A side that takes a known time and, once, some memory."""
+    turns.say(check={})
+    while True:
+        with turns:
+            time.sleep(seconds)
+            torch.ones(10_000_000 if seconds > 0.1 else 1).sum()
+
+
+def test_sides_take_turns(tmp_path):
+    """Two processes of 50 and 150 ms: three times as long, one at a time, and the second holds 40 MB more."""
+    sides = [bench.Side(name, idle, bench.Settings(**SMALL), tmp_path, seconds=seconds) for name, seconds in (("a", 0.05), ("b", 0.15))]
+    started = time.perf_counter()
+    bench.alternate(sides, 3)
+    assert time.perf_counter() - started > 4 * (0.05 + 0.15)           # never both at once
+    assert [len(side.seconds) for side in sides] == [3, 3]
+    assert all(seconds >= 0.05 for seconds in sides[0].seconds) and all(seconds >= 0.15 for seconds in sides[1].seconds)
+    assert sides[1].peak - sides[0].peak > 20_000_000
+    figures = bench.Line("a / b", *sides, units=2, unit="steps").figures()
+    assert figures["ratio"] == sides[1].median / sides[0].median and figures["rate"] == 2 / sides[0].median
+
+
+def test_a_side_that_fails_is_named(tmp_path):
+    with pytest.raises(InputError, match="unlucky ended early"):
+        bench.Side("unlucky", bench.our_sampling, bench.Settings(**SMALL), tmp_path)       # no model there
+
+
+@pytest.mark.parametrize("changes, word", [(dict(rows=["dpo", "tpo"]), "tpo"), (dict(dtype="int8"), "--dtype=int8"),
+                                           (dict(peer_micro_batch_sizes=[3]), "divisors"), (dict(rounds=0), "--rounds=0")])
+def test_bad_settings_are_named(changes, word):
+    with pytest.raises(InputError, match=word):
+        bench.Settings(**changes)
