@@ -80,7 +80,7 @@ def made_up_rows(n, seed=0):
     rng = random.Random(seed)
 
     def text(median, sigma, least):
-        words = max(least, round(rng.lognormvariate(0, sigma) * median / 2.4))
+        words = max(least, round(rng.lognormvariate(0, sigma) * median / 3.6))
         return "".join(" " + "".join(rng.choice("aeioubcdfglmnprst") for _ in range(rng.randint(2, 7))) for _ in range(words))
     for _ in range(n):
         yield {"prompt": f"\n\nHuman:{text(110, 0.85, 5)}\n\nAssistant:", "chosen": text(45, 0.9, 2), "rejected": text(34, 0.9, 2)}

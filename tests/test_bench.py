@@ -75,7 +75,8 @@ def test_sft_is_what_transformers_trains_on(work):
 
 def test_sides_that_disagree_are_not_timed(work):
     ours, peer = FirstWord(), FirstWord()
-    ours.name, peer.name, ours.facts, peer.facts = "ours", "theirs", {"check": {"P(A)": [0.5, 0.4]}}, {"check": {"P(A)": [0.5, 0.41]}}
+    ours.name, ours.facts = "ours", {"check": {"P(A)": [0.5, 0.4]}}
+    peer.name, peer.facts = "theirs", {"check": {"P(A)": [0.5, 0.41]}}
     with pytest.raises(InputError, match=r"ours and theirs disagree on P\(A\)"):
         bench.agree(ours, peer)
     peer.facts["check"]["P(A)"] = [0.5]
