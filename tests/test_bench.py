@@ -78,12 +78,12 @@ def test_sides_that_disagree_are_not_timed(work):
     ours.name, ours.facts = "ours", {"check": {"P(A)": [0.5, 0.4]}}
     peer.name, peer.facts = "theirs", {"check": {"P(A)": [0.5, 0.41]}}
     with pytest.raises(InputError, match=r"ours and theirs disagree on P\(A\)"):
-        bench.agree(ours, peer)
+        bench.agree(ours, peer, 1e-3)
     peer.facts["check"]["P(A)"] = [0.5]
     with pytest.raises(InputError, match="disagree"):
-        bench.agree(ours, peer)
+        bench.agree(ours, peer, 1e-3)
     peer.facts["check"]["P(A)"] = [0.5, 0.4005]
-    bench.agree(ours, peer)
+    bench.agree(ours, peer, 1e-3)
 
 
 def idle(settings, folder, device, turns, seconds):
