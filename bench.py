@@ -6,11 +6,11 @@
 Each side is a process that waits for its turn, so that weather on the machine meets both; a row is checked (both sides must
 compute the same numbers on the same tokens) before it is timed, and gives medians over the rounds. Memory is the largest
 resident set of the whole process while it steps; on CUDA what torch had allocated. Peers run without gradient
-checkpointing, with scaled-dot-product attention, at the micro-batch that --peer_micro_batch_sizes lists; the smallest time
-and the smallest memory of those count.
+checkpointing, with scaled-dot-product attention, at each micro-batch that --peer_micro_batch_sizes lists: a line each.
 
 Nothing here is imported by the rest. Letters: P prompts, K samples a prompt.
 """
+import base64
 import contextlib
 import dataclasses
 import io
@@ -88,7 +88,6 @@ def made_up_rows(n, seed=0):
 
 def made_up_tokenizer(folder):
     """A byte-pair vocabulary of 32,000 in tiktoken's format: all bytes and as many pairs of bytes, letters first."""
-    import base64
     order = sorted(range(256), key=lambda byte: (not chr(byte).isalpha() or byte > 127, byte != 32, byte))
     ranks = [bytes([byte]) for byte in range(256)] + [bytes([a, b]) for a in order for b in order][:32000 - 256 - 256]
     folder.mkdir(parents=True, exist_ok=True)
@@ -267,11 +266,11 @@ def our_pairs(s, folder, device, turns, recipe, cached=False):
             trainer.update(step)
 
 
-def words(vocab_size):
+def words(folder):
     """A tokenizer for transformers that reads "17 5 9" as the ids 17, 5, 9: both sides get the same tokens."""
     import tokenizers
     import transformers
-    vocab = {str(id): id for id in range(vocab_size)}
+    vocab = {str(id): id for id in range(model.read_config(folder / "model").vocab_size)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="2", pad_token="0", unk_token="0")
@@ -323,7 +322,7 @@ def peer_pairs(s, folder, device, turns, micro, batches, cached=False):
 
     trainer = Prepared(model=peer_model(folder, device), ref_model=None if cached else peer_model(folder, device),
                        args=trl.DPOConfig(**arguments, use_cpu=device == "cpu"), train_dataset=datasets.Dataset.from_list(rows),
-                       processing_class=words(32000), callbacks=[in_turn(turns)])
+                       processing_class=words(folder), callbacks=[in_turn(turns)])
     batch = trainer.data_collator(rows[:s.batch_size])
     chosen, rejected = trainer.compute_ref_log_probs(trainer.model, {k: v.to(device) for k, v in batch.items()})
     turns.say(flags=arguments,
@@ -501,7 +500,7 @@ def peer_online(s, folder, device, turns, micro, prompts):
             return torch.utils.data.SequentialSampler(self.train_dataset)
     trainer = InOrder(
         model=net, ref_model=peer_model(folder, device), reward_funcs=lambda prompts, completions, **more: [0.0] * len(completions),
-        args=OnlineDPOConfig(**arguments, use_cpu=device == "cpu"), processing_class=words(32000), callbacks=[in_turn(turns)],
+        args=OnlineDPOConfig(**arguments, use_cpu=device == "cpu"), processing_class=words(folder), callbacks=[in_turn(turns)],
         train_dataset=datasets.Dataset.from_list([{"prompt": " ".join(map(str, ids))} for ids in prompts]))
     with torch.no_grad():
         check = [net(torch.tensor([ids], device=device)).logits[0, :-1].float().log_softmax(-1)
@@ -559,16 +558,16 @@ def row_pairs(s, folder, cached):
             Line(f"Sr-DPO step{note} / our DPO", refined, dpo, n, "pairs")]
 
 
-def row_simple(what, ours, peer, unit, passes, variants=None):
-    """A row of one kind of work beside variants of a peer, {name: arguments}; without, a peer at each of its micro-batches."""
+def row_simple(what, ours, peer, unit, passes, name=None, variants=None):
+    """A row of one kind of work beside variants of a peer, {name: arguments}; or beside `name` at each of its micro-batches.
+    `passes`: which of our facts the peer is given, so that it works on the same."""
     def row(s, folder):
         left = Side(f"our {what}", ours, s, folder)
         given = {key: left.facts[key] for key in passes}
-        kinds = variants or {f"TRL, micro {size}" if "TRL" in peer.__doc__ else f"plain loop, micro {size}": {"micro": size}
-                             for size in s.peer_micro_batch_sizes}
+        kinds = variants or {f"{name}, micro {size}": {"micro": size} for size in s.peer_micro_batch_sizes}
         rights = []
-        for name, arguments in kinds.items():
-            rights.append(Side(f"{what} / {name}", peer, s, folder, **given, **arguments))
+        for kind, arguments in kinds.items():
+            rights.append(Side(f"{what} / {kind}", peer, s, folder, **given, **arguments))
             agree(left, rights[-1], TOLERANCE[s.dtype])
         alternate([left, *rights], s.rounds)
         return [Line(right.name, left, right, left.facts["amount"], unit) for right in rights]
@@ -647,11 +646,11 @@ def row_size(s, folder):
 ROWS = {
     "dpo": lambda s, folder: row_pairs(s, folder, cached=False),
     "dpo-cached": lambda s, folder: row_pairs(s, folder, cached=True),
-    "sampling": row_simple("sampling", our_sampling, peer_sampling, "tokens", ["prompts"], {"generate": {}}),
+    "sampling": row_simple("sampling", our_sampling, peer_sampling, "tokens", ["prompts"], variants={"generate": {}}),
     "judging": row_simple("judging", our_judging, peer_judging, "instructions", ["asked"],
-                          {"padded forward": {"logits_to_keep": 0}, "padded, last logits only": {"logits_to_keep": 1}}),
-    "online": row_simple("online step", our_online, peer_online, "sampled tokens", ["prompts"]),
-    "sft": row_simple("SFT step", our_sft, peer_sft, "tokens", ["batches"]),
+                          variants={"padded forward": {"logits_to_keep": 0}, "padded, last logits only": {"logits_to_keep": 1}}),
+    "online": row_simple("online step", our_online, peer_online, "sampled tokens", ["prompts"], "TRL"),
+    "sft": row_simple("SFT step", our_sft, peer_sft, "tokens", ["batches"], "plain loop"),
     "k": row_k, "length": row_length, "size": row_size,
 }
 
@@ -668,6 +667,7 @@ def machine(dtype, device):
 
 
 def main(settings):
+    """Make the work, then measure and print row after row."""
     s, results = settings, {}
     if s.threads:
         torch.set_num_threads(s.threads)

@@ -685,6 +685,7 @@ def json_records(path):
 
 
 def json_list(raw, path):
+    """The entries of a JSON list; those with bytes that are no UTF-8 are Unusable. InputError: it is no list."""
     text = raw.decode(errors="surrogateescape")                # bytes that are no UTF-8 spoil only their own entry
     try:
         records = json.loads(text)
@@ -1036,6 +1037,8 @@ def grow(past, sequences):
     In parent, end and paths the tokens of the past go in front and the new ones, N of them (maybe none), come behind. The
     past's j is seen by a new i exactly when j <= branch[i] < end[j], as if i stood where its branch leaves the past.
     """
+    if past.past is not None:
+        raise ValueError("a forest that has grown cannot grow again")
     known = len(past.tokens)
     both = pack([past.tokens[path].tolist() for path in past.paths] + sequences)
     place = torch.full_like(both.tokens, -1)

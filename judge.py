@@ -170,11 +170,6 @@ class Reading:
         return (logits[0] - logits[1]).sigmoid()
 
 
-def baseline(net, questioner, contexts, responses):
-    """p(y ≻ ∅ | x) of each response, the other slot empty: contexts (N texts), responses (N texts) -> Verdicts."""
-    return compare(net, questioner, [(context, response, "") for context, response in zip(contexts, responses)])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # From K strengths to pairs
 

@@ -249,6 +249,8 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
+    """Projections and rotary positions; who sees whom is the business of `attend`, a ForestAttention or an open Cache's."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
@@ -273,6 +275,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Llama's gated feed-forward layer, or GPT-NeoX's plain one."""
+
     def __init__(self, config):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
@@ -287,6 +291,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP on the residual stream, one after the other or (GPT-NeoX) side by side: (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.parallel = config.parallel_residual
@@ -299,6 +305,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Embedding, blocks, last norm; and the head, which the caller applies where a token is needed."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config

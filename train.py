@@ -184,6 +184,14 @@ class Settings:
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InputError(f"--betas={','.join(map(str, self.betas))}: two numbers in [0, 1).")
 
+    def folders(self):
+        """The model folders that the run reads."""
+        return list(dict.fromkeys(filter(None, (self.model, self.reference, self.judge))))
+
+    def files(self):
+        """The data files that it reads, as they were given: "file" or "file:weight"."""
+        return [*(self.data or []), *(self.prompts or []), *(self.eval_data or [])]
+
     def check_used(self):
         """Refuse what was typed but has no effect in this run: it is a mistake somewhere."""
         recipe = RECIPES[self.recipe]
@@ -231,7 +239,7 @@ class Ranks:
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        self.add_up(total)
         return total.tolist()
 
     def add_up(self, tensor):
@@ -801,19 +809,21 @@ class Trainer:
         self.ranks.wait()
 
     def claim_out_dir(self):
-        """Make out_dir, and refuse one that is not a run's: it will be written to and partly cleared. Returns the settings
-        of the run it holds, or None."""
+        """Refuse an out_dir that is not a run's, or that holds what this run reads: it will be written to and partly cleared.
+        Returns the settings of the run it holds, or None."""
         s, out = self.settings, self.out.resolve()
-        for folder in filter(None, (s.model, s.reference, s.judge, s.reference_cache)):
+
+        def is_cleared(path):
+            return any(path.is_relative_to(out / name) for name in ("final", "checkpoint"))
+        for folder in filter(None, (*s.folders(), s.reference_cache)):
             path = Path(folder).resolve()
-            may_hold_out = folder == s.reference_cache       # a cache may lie anywhere but where a run clears its folders
-            if any(path.is_relative_to(out / name) for name in ("final", "checkpoint")) or path == out and not may_hold_out:
+            if is_cleared(path) or path == out and folder in s.folders():
                 raise InputError(f"--out_dir={self.out} would overwrite {folder}, which this run needs; name another.")
-            if out.is_relative_to(path) and not may_hold_out:
+            if out.is_relative_to(path) and folder in s.folders():
                 raise InputError(f"--out_dir={self.out} lies in the model folder {folder}; name another.")
-        for spec in (*(s.data or []), *(s.prompts or []), *(s.eval_data or [])):
+        for spec in s.files():
             file = Path(data.split_weight(spec)[0]).resolve()
-            if file.parent == out or any(file.is_relative_to(out / name) for name in ("final", "checkpoint")):
+            if file.parent == out or is_cleared(file):
                 raise InputError(f"{file.name} lies in --out_dir={self.out}, which this run writes to; name another out_dir.")
         if any(place.exists() and not place.is_dir() for place in (self.out, *self.out.parents)):
             raise InputError(f"--out_dir={self.out} cannot be written: a file stands in the way.")
@@ -835,10 +845,10 @@ class Trainer:
         """{file or model folder: digest of its contents}: a run goes on only with what it began with."""
         s, found = self.settings, {}
         if self.ranks.rank == 0:
-            for folder in dict.fromkeys(filter(None, (s.model, s.reference, s.judge))):
+            for folder in s.folders():
                 files = {path for path, *_ in model.weight_files(folder).values()}
                 found[folder] = digest(Path(folder) / "config.json", *sorted(files), sampled=True)
-            for spec in (*(s.data or []), *(s.prompts or []), *(s.eval_data or [])):
+            for spec in s.files():
                 found[spec] = digest(data.split_weight(spec)[0])
         return self.ranks.from_first(found)
 
@@ -849,11 +859,11 @@ class Trainer:
         step, last = 0, (last_record(self.out / "metrics.jsonl") or {}).get("step")
         if self.before is not None and s.resume != "never":
             free = {"out_dir", "resume", "keep", "save_every", "sample_every", "eval_every", "device", "micro_batch_size",
-                    "reference_cache"}
+                    "reference_cache", "inputs"}
             changed = [f"{key} ({self.before.get(key)} → {value})" for key, value in settings.items()
-                       if key not in free | {"inputs"} and self.before.get(key) != value]
-            changed = changed or [f"the contents of {path}" for path, digest in settings["inputs"].items()
-                                  if self.before.get("inputs", {}).get(path) != digest]
+                       if key not in free and self.before.get(key) != value]
+            changed = changed or [f"the contents of {path}" for path, contents in settings["inputs"].items()
+                                  if self.before.get("inputs", {}).get(path) != contents]
             if changed and s.resume != "force":
                 raise InputError(f"{self.out} holds a run with other settings or data: {', '.join(changed)}; use another "
                                  f"--out_dir, --resume=never to start over or --resume=force to go on all the same.")
@@ -913,6 +923,7 @@ class Trainer:
             yield
 
     def train(self, asked):
+        """The steps from where begin() says, until the last one or until asked[0] holds a signal."""
         s = self.settings
         start = self.begin()
         if start is None:
@@ -1073,6 +1084,7 @@ def commit():
 
 
 def main(settings):
+    """Train on what was named, or run the toy world's whole path where no model was."""
     for name in ("model", "reference", "judge", "out_dir"):
         if getattr(settings, name) == "":
             raise InputError(f"--{name}= is empty.")

@@ -280,13 +280,6 @@ def test_nothing_to_compare(tokenizers, judges):
     assert len(judge.compare(judges["neox-420"], judge.Questioner(tokenizers["neox-420"], "helpful", 512), []).p) == 0
 
 
-def test_the_baseline_leaves_the_other_slot_empty(tokenizers, judges):
-    net, questioner = judges["neox-420"], judge.Questioner(tokenizers["neox-420"], "helpful", 512)
-    contexts, responses = ["Human: Hello", "Human: Which river?"], ["The old one.", "The slow train sings."]
-    expected = judge.compare(net, questioner, [(c, r, "") for c, r in zip(contexts, responses)])
-    assert torch.equal(judge.baseline(net, questioner, contexts, responses).p, expected.p)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pairs
 
@@ -318,7 +311,7 @@ def test_what_was_read_for_the_ranking_is_not_read_again(family, tokens, tokeniz
     pairs, strengths, _, _ = judge.label(net, questioner, contexts, responses)
     once = sum(read)
     for context, texts, chosen, values in zip(contexts, responses, pairs, strengths):
-        alone = judge.baseline(net, questioner, [context] * len(texts), texts).p
+        alone = judge.compare(net, questioner, [(context, text, "") for text in texts]).p
         assert torch.allclose(torch.tensor(values, dtype=torch.float64), alone, atol=1e-10)
         direct = judge.compare(net, questioner, [(context, texts[i], texts[j]) for i, j, _ in chosen])
         assert [(i, j) for i, j, _ in chosen] == judge.ranked_pairs(alone)
