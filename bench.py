@@ -475,7 +475,7 @@ def our_online(s, folder, device, turns):
                             prompts=[str(folder / "pairs.jsonl")])
     trainer = train.Trainer(settings)
     trainer.begin()
-    judge.label = lambda net, questioner, contexts, texts, pairing: ([[(0, 1, 1.0)]] * len(texts), [[1.0, 0.0]] * len(texts), 1, 0)
+    judge.label = lambda net, questioner, contexts, texts, pairing: ([[(0, 1, 1.0)]] * len(texts), [[1.0, 0.0]] * len(texts), 1, 0, 0)
     trainer.stop_ids, trainer.allowed = set(), torch.ones(trainer.policy.config.vocab_size, dtype=torch.bool)
     prompts = [row.x for step in range(s.rounds + 1) for _, row in trainer.share(step)]
     with torch.no_grad():

@@ -17,6 +17,7 @@ import torch
 
 import cli
 import data
+import losses
 import model
 from cli import InputError
 from sample import load_model, pick_device
@@ -109,12 +110,13 @@ class Verdicts:
     first_at_a: torch.Tensor       # (N,) P(A) where the first response stands at A
     first_at_b: torch.Tensor       # (N,) P(A) where it stands at B
     cut: int                       # pairs that had to be shortened
+    off: int = 0                   # questions, two a pair, on which the judge would rather say something else than A or B
 
     @classmethod
-    def of(cls, said, cut):
+    def of(cls, said, cut, off=0):
         """From P(A) of both orders of each pair, one after the other, in tensors of any length."""
         at_a, at_b = torch.cat([torch.zeros(0, dtype=torch.float64), *said]).view(-1, 2).unbind(1)
-        return cls(0.5 + (at_a - at_b) / 2, at_a, at_b, cut)
+        return cls(0.5 + (at_a - at_b) / 2, at_a, at_b, cut, off)
 
 
 FOREST_TOKENS = 16384              # tokens, before sharing, that the judge reads in one forward
@@ -127,11 +129,12 @@ def compare(net, questioner, pairs):
     P(A) is the softmax over the two answer tokens, so one logit difference; P(B) = 1 - P(A). With both orders
     p = ½ [P(A | first at A) + P(B | first at B)]: p(y ≻ y′) + p(y′ ≻ y) = 1, and identical responses give ½ exactly.
     """
-    said, cut = [], 0
+    said, cut, off = [], 0, 0
     for part in by_size([questioner.both_orders(*pair) for pair in pairs], lambda orders: sum(len(q.ids) for q in orders)):
-        said.append(Reading(net).answer([question for orders in part for question in orders]))
-        cut += sum(orders[0].cut for orders in part)
-    return Verdicts.of(said, cut)
+        reading = Reading(net)
+        said.append(reading.answer([question for orders in part for question in orders]))
+        cut, off = cut + sum(orders[0].cut for orders in part), off + reading.off
+    return Verdicts.of(said, cut, off)
 
 
 def by_size(items, size):
@@ -152,9 +155,10 @@ class Reading:
 
     def __init__(self, net, keep=False):
         self.net, self.keep, self.forest = net, keep, None
+        self.off = 0                               # questions so far whose A and B together have less than half the probability
 
     def answer(self, questions):
-        """P(A) (Q,) in float64: the head is read at one position a question, in two rows."""
+        """P(A) (Q,) in float64: the head is read at one position a question; P(A) needs two of its rows, `off` all of them."""
         ids = [question.ids for question in questions]
         if self.forest is None:
             self.cache = model.Cache(self.net.config) if self.keep else None
@@ -167,6 +171,8 @@ class Reading:
         hidden = hidden[torch.stack([path[-1] for path in forest.paths]).to(device)]                # (Q, D)
         a, b = torch.tensor([question.answers for question in questions], device=device).unbind(1)
         logits = [(hidden.cpu().double() * self.net.head.weight[ids].cpu().double()).sum(-1) for ids in (a, b)]
+        whole = torch.cat([self.net.head(part).float().logsumexp(-1) for part in hidden.split(losses.HEAD_CHUNK)])
+        self.off += int(((torch.stack(logits) - whole.cpu()).exp().sum(0) < 0.5).sum())
         return (logits[0] - logits[1]).sigmoid()
 
 
@@ -191,14 +197,14 @@ def label(net, questioner, contexts, responses, pairing="ranked"):
     """Algorithm 1's inner part for P prompts: rank K responses each, pair them, judge each pair directly.
 
     contexts: P texts; responses: P lists of K texts -> (P lists of (winner, loser, p), P lists of K strengths,
-    comparisons made, those of them cut). At K = 7 that is 2·(7 + 3) = 20 judge sequences a prompt; the pairs' ones go on
+    comparisons made, those of them cut, questions that are off: see Verdicts). At K = 7 that is 2·(7 + 3) = 20 judge sequences a prompt; the pairs' ones go on
     where those against the empty response have the same front, so context and first response are read once.
     """
     def asked(context, pairs):
         return [questioner.both_orders(context, first, second) for first, second in pairs]
 
     prompts = [(context, texts, asked(context, [(text, "") for text in texts])) for context, texts in zip(contexts, responses)]
-    labelled, strengths, comparisons, cut = [], [], 0, 0
+    labelled, strengths, comparisons, cut, off = [], [], 0, 0, 0
     for part in by_size(prompts, lambda prompt: sum(len(q.ids) for orders in prompt[2] for q in orders)):
         reading = Reading(net, keep=True)
         p = Verdicts.of([reading.answer([q for *_, blank in part for orders in blank for q in orders])], 0).p
@@ -211,7 +217,8 @@ def label(net, questioner, contexts, responses, pairing="ranked"):
         strengths += values
         judged = [orders for *_, blank in part for orders in blank] + direct
         comparisons, cut = comparisons + len(judged), cut + sum(orders[0].cut for orders in judged)
-    return labelled, strengths, comparisons, cut
+        off += reading.off
+    return labelled, strengths, comparisons, cut, off
 
 
 def augmentation(questioner, rows, seed):
@@ -361,7 +368,9 @@ def main(settings):
         parts.append(compare(net, questioner, pairs[start:start + settings.batch_size]))
         line.update(min(start + settings.batch_size, len(pairs)))
     verdicts = Verdicts(*(torch.cat([getattr(part, name) for part in parts]) for name in ("p", "first_at_a", "first_at_b")),
-                        sum(part.cut for part in parts))
+                        sum(part.cut for part in parts), sum(part.off for part in parts))
+    if verdicts.off:
+        print(f"{verdicts.off} of {2 * len(pairs)} answers: less than half of the judge's probability is on A and B together")
     if settings.data is not None:
         lengths = [(len(tokenizer.encode(a)), len(tokenizer.encode(b))) for _, a, b in pairs]
         result = report(verdicts, lengths)

@@ -13,6 +13,7 @@ sampling: the keys and values of a prompt are computed once and shown to all of 
 Letters: B rows, T tokens, N tokens of a forest in one line, D width, H query heads, G key/value heads, E head width,
 V vocabulary, P prompts, R rows in sampling.
 """
+import contextlib
 import json
 import math
 import os
@@ -26,6 +27,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from cli import InputError, read_json
 
@@ -203,10 +206,18 @@ def read_config(folder):
 # The transformer
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the type of its input, so that float32 masters serve a bfloat16 forward."""
+    """A linear layer that computes in the type of its input, so that float32 masters serve a bfloat16 forward.
+
+    With adapters (LoRA, arXiv 2106.09685): W x + scale · B A x, where lora_a is A (rank, in) and lora_b is B (out, rank).
+    """
+
+    scale = 0.0                    # alpha / rank; 0: no adapters, or they are switched off
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.scale:
+            y = y + self.scale * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        return y
 
 
 class Norm(nn.Module):
@@ -293,6 +304,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP on the residual stream, one after the other or (GPT-NeoX) side by side: (B, T, D) -> (B, T, D)."""
 
+    recompute = False              # keep only the block's input for the gradient and compute the rest again
+
     def __init__(self, config, layer):
         super().__init__()
         self.parallel = config.parallel_residual
@@ -300,6 +313,11 @@ class Block(nn.Module):
         self.norm2, self.mlp = Norm(config), MLP(config)
 
     def forward(self, x, cos, sin, attend):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(x, cos, sin, attend)
+
+    def compute(self, x, cos, sin, attend):
         y = x + self.attention(self.norm1(x), cos, sin, attend)
         return y + self.mlp(self.norm2(x if self.parallel else y))
 
@@ -370,6 +388,61 @@ class Transformer(nn.Module):
                 depth = 2 * self.config.layers if writes else 1
                 weight.normal_(0, 1 / math.sqrt(weight.shape[1] * depth), generator=generator)
         return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters (LoRA)
+
+def adapted(net):
+    """[(name, layer)] of the linear layers that adapters stand on: all of the blocks'."""
+    return [(name, module) for name, module in net.named_modules() if name.startswith("blocks.") and isinstance(module, Linear)]
+
+
+def add_adapters(net, rank, alpha, dtype):
+    """Freeze a network that has no memory yet and put trainable adapters of `dtype` on its linear layers."""
+    net.requires_grad_(False)
+    for _, layer in adapted(net):
+        layer.lora_a = nn.Parameter(layer.weight.new_empty(rank, layer.in_features, dtype=dtype))
+        layer.lora_b = nn.Parameter(layer.weight.new_empty(layer.out_features, rank, dtype=dtype))
+        layer.scale = alpha / rank
+
+
+def fresh_adapters(net, seed):
+    """Yield (name, whole tensor): A uniform in ±1/√in, as the reference implementation has it, B = 0, so that a fresh
+    adapter adds exactly nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, layer in adapted(net):
+        rank, bound = layer.lora_a.shape[0], 1 / math.sqrt(layer.in_features)
+        yield f"{name}.lora_a", torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+        yield f"{name}.lora_b", torch.zeros(layer.out_features, rank)
+
+
+@contextlib.contextmanager
+def without_adapters(net):
+    """Inside, the network is the one that its adapters started from; nothing happens to one that has none."""
+    layers = [(layer, layer.scale) for _, layer in adapted(net) if layer.scale] if net is not None else []
+    for layer, _ in layers:
+        layer.scale = 0.0
+    try:
+        yield net
+    finally:
+        for layer, scale in layers:
+            layer.scale = scale
+
+
+def merged(net, whole=lambda tensor: tensor):
+    """Yield (name, tensor) of a network whose adapters are part of its weights: W + scale · B A, added in float32 at least.
+    whole: makes a sharded parameter one tensor."""
+    layers = dict(adapted(net))
+    for name, weight in net.named_parameters():
+        layer, kind = layers.get(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if kind.startswith("lora_"):
+            continue
+        weight = whole(weight.detach())
+        if kind == "weight" and layer is not None and layer.scale:
+            a, b = (whole(part.detach()) for part in (layer.lora_a, layer.lora_b))
+            weight = (weight.to(a.dtype) + layer.scale * b @ a).to(weight.dtype)
+        yield name, weight
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -652,8 +725,9 @@ def open_weights(path):
         raise InputError(f"{path} is no sound safetensors file: {error}.") from None
 
 
-def read_weights(config, folder, expected):
-    """Yield (our name, tensor) for the parameters in `expected` {our name: shape}, one at a time, from a checked folder."""
+def read_weights(config, folder, expected, rows=lambda name: slice(None)):
+    """Yield (our name, tensor) for the parameters in `expected` {our name: shape}, one at a time, from a checked folder.
+    rows(name): the rows to read of its first dimension."""
     files = weight_files(folder)
     ours = {file_name(config, name): name for name in expected}
     head = file_name(config, "head.weight")
@@ -675,7 +749,7 @@ def read_weights(config, folder, expected):
     for path in dict.fromkeys(files[name][0] for name in ours):
         with open_weights(path) as file:
             for name in (n for n in ours if files[n][0] == path):
-                yield ours[name], file.get_tensor(name)
+                yield ours[name], file.get_slice(name)[rows(ours[name])]
     if tied_copy in files:         # some files repeat the tied head; a different one would be ignored in silence
         embedding = file_name(config, "embed.weight")
         with open_weights(files[tied_copy][0]) as head, open_weights(files[embedding][0]) as embed:
@@ -683,24 +757,44 @@ def read_weights(config, folder, expected):
                 raise InputError(f"{files[tied_copy][0]}: {tied_copy!r} differs from the embedding, but config.json ties them.")
 
 
-def load(folder, dtype=torch.float32, device="cpu"):
+def load(folder, dtype=torch.float32, device="cpu", prepare=None):
     """The transformer of a Hugging Face folder, its weights in `dtype` on `device`.
 
     Tensors are read one at a time into a network without memory, so the peak is one copy of the weights and one tensor.
+    prepare(net) may shard that network or give it adapters; each rank then reads only the rows that it keeps.
     Raises InputError for anything missing, unexpected, misshapen or not implemented; pickles are refused.
     """
     config = read_config(folder)
     with torch.device("meta"):
-        net = Transformer(config)
-    tensors = read_weights(config, folder, {name: weight.shape for name, weight in net.named_parameters()})
+        net = Transformer(config).to(dtype)
+    if prepare is not None:
+        prepare(net)
+    weights = {name: weight for name, weight in net.named_parameters() if "lora_" not in name}
+    tensors = read_weights(config, folder, {name: weight.shape for name, weight in weights.items()},
+                           lambda name: own_rows(weights[name]))
     return fill(net, ((name, tensor.to(device=device, dtype=dtype)) for name, tensor in tensors))
 
 
+def own_rows(weight):
+    """The rows of a parameter that this rank keeps: all of them, or its piece where the parameter is sharded (FSDP2 cuts the
+    first dimension into pieces of one size; the last ones may be shorter or empty)."""
+    if not isinstance(weight, DTensor):
+        return slice(None)
+    mesh, n = weight.device_mesh, weight.shape[0]
+    piece, rank = -(-n // mesh.size(mesh.ndim - 1)), mesh.get_local_rank(mesh.ndim - 1)
+    return slice(min(rank * piece, n), min((rank + 1) * piece, n))
+
+
 def fill(net, weights):
-    """Give a network without memory its weights, (our name, tensor) by (our name, tensor)."""
+    """Give a network without memory its weights: (our name, the rows that this rank keeps) one by one."""
     for name, tensor in weights:
         module, kind = name.rsplit(".", 1)
-        setattr(net.get_submodule(module), kind, nn.Parameter(tensor))
+        place = net.get_submodule(module)
+        empty = getattr(place, kind)
+        if isinstance(empty, DTensor):
+            tensor = DTensor.from_local(tensor, empty.device_mesh, empty.placements, run_check=False, shape=empty.shape,
+                                        stride=empty.stride())
+        setattr(place, kind, nn.Parameter(tensor, requires_grad=empty.requires_grad))
     if net.config.tied:
         net.head.weight = net.embed.weight
     return net
@@ -719,32 +813,55 @@ def cast(net, dtype):
 
 def save(net, folder):
     """Write config.json and safetensors (several files and an index above 5 GB) as transformers reads them."""
-    save_weights(net.config, dict(net.named_parameters()), folder)      # a tied head is listed once, as the embedding
+    save_weights(net.config, merged(net), folder)      # a tied head is listed once, as the embedding
 
 
 def save_weights(config, weights, folder):
-    """The same from {our name: whole tensor}, for weights that were gathered from many ranks."""
+    """The same from (our name, whole tensor) one by one: no more than one file's tensors stand in memory."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    source = {k: v for k, v in config.source.items() if k != "dtype"}
-    source["torch_dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
-    shards, size = [{}], 0
-    for name, weight in weights.items():
+    for old in (*folder.glob("model-*-of-*.safetensors"), folder / "model.safetensors", folder / "model.safetensors.index.json"):
+        old.unlink(missing_ok=True)                    # an earlier save's, of which a part might be read instead
+    shard, size, total, weight_map, dtype = {}, 0, 0, {}, None
+
+    def write():
+        number = len(set(weight_map.values())) + 1
+        save_file(shard, folder / f".part-{number}", metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, number))
+        shard.clear()
+
+    for name, weight in weights:
         if size and size + weight.nbytes > SHARD_BYTES:
-            shards.append({})
+            write()
             size = 0
-        shards[-1][file_name(config, name)] = weight.detach().cpu().contiguous()
-        size += weight.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "model.safetensors.index.json").unlink(missing_ok=True)       # an earlier save's, it would be read instead
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, name))
-    (folder / "model.safetensors").unlink(missing_ok=True)                      # transformers would read it instead
-    index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        shard[file_name(config, name)] = weight.detach().cpu().contiguous()
+        size, total, dtype = size + weight.nbytes, total + weight.nbytes, weight.dtype
+    write()
+    files = max(weight_map.values())                   # known only now, and part of the names
+    names = {n: f"model-{n:05d}-of-{files:05d}.safetensors" if files > 1 else "model.safetensors" for n in range(1, files + 1)}
+    for number, name in names.items():
+        os.replace(folder / f".part-{number}", folder / name)
+    if files > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {name: names[number] for name, number in weight_map.items()}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    source = {k: v for k, v in config.source.items() if k != "dtype"} | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+
+
+def save_adapters(net, weights, base, folder):
+    """The adapters alone in the layout of PEFT, from (our name, whole tensor) of lora_a and lora_b: adapter_config.json and
+    adapter_model.safetensors. base: the folder of the model that they stand on."""
+    folder, config, layers = Path(folder), net.config, adapted(net)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, weight in weights:
+        module, kind = name.rsplit(".", 1)
+        inside = file_name(config, f"{module}.weight").removesuffix(".weight")
+        tensors[f"base_model.model.{inside}.lora_{kind[-1].upper()}.weight"] = weight.detach().cpu().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    rank = layers[0][1].lora_a.shape[0]
+    targets = sorted({file_name(config, f"{name}.weight").split(".")[-2] for name, _ in layers})
+    (folder / "adapter_config.json").write_text(json.dumps(dict(
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank,
+        lora_alpha=layers[0][1].scale * rank, lora_dropout=0.0, target_modules=targets, bias="none", inference_mode=True), indent=2)
+        + "\n", encoding="utf-8")

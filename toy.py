@@ -22,6 +22,7 @@ import numpy as np
 import sentencepiece
 import torch
 
+import checkpoint
 import cli
 import data
 import judge
@@ -471,7 +472,7 @@ def results(out, stages, settings):
         text += ["", f"judge accuracy on 512 held-out noisy pairs: {100 * told['sft']['accuracy']:.1f} % before augmentation, "
                  f"{100 * told['judge']['accuracy']:.1f} % after ({100 * told['judge']['true_order']:.1f} % by the true reward); "
                  f"the longer one wins {100 * told['judge']['longer_wins']:.0f} %, slot A {100 * told['judge']['first_slot_rate']:.0f} %"]
-    curve = [record["eval_loss"] for _, record in train.records(out / "sft" / "metrics.jsonl") if "eval_loss" in record]
+    curve = [record["eval_loss"] for _, record in checkpoint.records(out / "sft" / "metrics.jsonl") if "eval_loss" in record]
     if curve:
         text.append("SFT's held-out loss, nats a token: " + " → ".join(f"{value:.3f}" for value in curve))
     return "\n".join(text)

@@ -15,34 +15,22 @@ Letters: N pairs, S sequences, K samples a prompt.
 """
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-try:
-    import fcntl
-except ImportError:            # Windows
-    fcntl = None
-
+import checkpoint
 import cli
 import data
 import judge
@@ -148,6 +136,12 @@ class Settings:
     keep: int = 1                            # checkpoints kept
     resume: str = "auto"                     # auto: go on from out_dir's checkpoint; never: start over; force: despite changes
     reference_cache: str | None = None       # folder that keeps π_ref of the data: computed once for all runs it holds for
+    lora_rank: int = 0                       # train adapters of this rank (paper 2: 64, Mistral); 0: train all weights
+    lora_alpha: float = 32.0                 # adapters add alpha / rank times B A (paper 2: 32)
+    checkpoint_activations: bool = False     # keep only each block's input for the gradient: less memory, a third more time
+    replicas: int = 1                        # copies of the sharded weights: 2 on two nodes keeps the gathering inside a node
+    dry_run: bool = False                    # only print the memory that each rank needs, from config and headers alone
+    device_memory: float | None = None       # GB a rank has, for dry_run; default: what this machine has
     sample_every: int = 0                    # online: steps between printing a prompt with its samples and strengths
     toy_family: str = "llama"                # architecture in the toy world: llama (sentencepiece) or neox (tiktoken)
 
@@ -169,11 +163,11 @@ class Settings:
                 raise InputError(f"--{name}={getattr(self, name)}: choose one of {', '.join(allowed)}.")
         at_least = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "keep": 1, "max_tokens": 1, "max_length": 3,
                     "max_prompt_length": 1, "eval_every": 0, "save_every": 0, "sample_every": 0, "warmup_steps": 0,
-                    "seed": 0, "lam": 0, "weight_decay": 0, "grad_clip": 0}
+                    "seed": 0, "lam": 0, "weight_decay": 0, "grad_clip": 0, "lora_rank": 0, "replicas": 1}
         for name, least in at_least.items():
             if getattr(self, name) is not None and not least <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name}={getattr(self, name)}: must be at least {least}.")
-        for name in ("lr", "beta", "epochs", "temperature"):
+        for name in ("lr", "beta", "epochs", "temperature", "lora_alpha", "device_memory"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"--{name}={getattr(self, name)}: must be larger than 0" +
                                  (" (greedy samples would all be one)." if name == "temperature" else "."))
@@ -202,6 +196,8 @@ class Settings:
                  ("reference_cache", recipe.pairs == "dataset", "a recipe with fixed pairs"),
                  ("lam refinement_prompt", recipe.loss.startswith("sr-"), "a recipe sr-*"),
                  ("delta_scale", recipe.loss == "sr-ipo", "--recipe=sr-ipo"),
+                 ("lora_alpha", self.lora_rank > 0, "--lora_rank"),
+                 ("device_memory", self.dry_run, "--dry_run"),
                  ("k temperature top_p max_tokens prompts judge sample_every", online, "an online recipe"),
                  ("judge_task", online or self.recipe == "judge", "a recipe with a judge"),
                  ("data", not (online and self.prompts), "to stand alone: an online recipe reads --prompts"),
@@ -224,6 +220,7 @@ class Ranks:
 
     @classmethod
     def start(cls, device):
+        """Join the process group, where torchrun started more than one process."""
         rank, size, local = (int(os.environ.get(name, default)) for name, default in
                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         device = sample.pick_device(device)
@@ -262,18 +259,38 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def on_first(self, work):
+        """What work() returns on the first rank, given to all; where it fails there, all ranks fail with its sentence."""
+        value = failed = None
+        if self.rank == 0:
+            try:
+                value = work()
+            except (OSError, InputError) as error:
+                failed = error
+        value, failed = self.from_first((value, failed))
+        if failed is not None:
+            raise failed
+        return value
+
     def wait(self):
         if self.size > 1:
             dist.barrier()
 
+    def mesh(self, replicas):
+        """Which ranks share one copy of the weights: all of them, or (replicas, shards), neighbours together."""
+        if self.size % replicas:
+            raise InputError(f"--replicas={replicas}: {self.size} ranks cannot be split into so many equal groups.")
+        shape, names = ((self.size,), ("shard",)) if replicas == 1 else ((replicas, self.size // replicas), ("replica", "shard"))
+        return init_device_mesh(self.device.split(":")[0], shape, mesh_dim_names=names)
 
-def shard(net, dtype):
+
+def shard(net, dtype, mesh):
     """FSDP2: each block a group, and the root (embedding, norm, head), which stays whole between forward and backward
     because the head is called outside of forward. Masters stay as they are; compute and all-gathers are in `dtype`."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     for block in net.blocks:
-        fully_shard(block, mp_policy=policy)
-    return fully_shard(net, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
 @contextlib.contextmanager
@@ -282,7 +299,7 @@ def gathered(*nets):
 
     What was gathered is given back at the end, so the next forward gathers the updated weights.
     """
-    sharded = [net for net in nets if isinstance(net, FSDPModule)]
+    sharded = [net for net in dict.fromkeys(nets) if isinstance(net, FSDPModule)]      # one may be policy and judge
     for net in sharded:
         for module in (*net.blocks, net):
             module.unshard()
@@ -406,51 +423,11 @@ class Dataset:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the reference says about a fixed data set is constant
-
-class ReferenceCache:
-    """log π_ref of every pair's two responses behind x, and behind p⊕x where the recipe asks: one safetensors file a key.
-
-    The key is a digest of the reference's folder, the compute type and all ids, which follow from data, tokenizer, lengths
-    and p. `values` {"x": (N, 2), "px": (N, 2)} in float64, or None as long as nobody has computed them.
-    """
-
-    def __init__(self, settings, dtype, pairs, refined):
-        self.pairs, self.queries = pairs, ("x", "px") if refined else ("x",)
-        folder = Path(settings.reference or settings.model)
-        files = sorted({path for path, *_ in model.weight_files(folder).values()})
-        key = hashlib.sha256(f"{dtype} {self.queries} {digest(folder / 'config.json', *files)}".encode())
-        for pair in pairs:
-            for ids in (*(getattr(pair, query) for query in self.queries), pair.chosen, pair.rejected):
-                key.update(np.array([len(ids), *ids], dtype=np.int64).tobytes())
-        self.path = Path(settings.reference_cache) / f"reference-{key.hexdigest()[:32]}.safetensors"
-        self.values = self.read() if os.path.exists(self.path) else None
-
-    def read(self):
-        """The values of a file, checked: its name says what they belong to, not that the file is whole."""
-        wanted = {query: ("F64", (len(self.pairs), 2)) for query in self.queries}
-        if model.read_header(self.path) != wanted:
-            raise InputError(f"{self.path} does not hold the log-probabilities of {len(self.pairs)} pairs; remove it.")
-        return load_file(self.path)
-
-    def write(self):
-        """Aside and renamed: two runs may compute the same file."""
-        aside = self.path.with_name(f".writing-{os.getpid()}-{self.path.name}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self.values, aside)
-            os.replace(aside, self.path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"--reference_cache={self.path.parent} cannot be written: {error}.") from None
-
-    def attach(self):
-        """Give each pair its values; whoever scores it asks there first."""
-        for i, pair in enumerate(self.pairs):
-            pair.reference = {query: self.values[query][i].tolist() for query in self.queries}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The trainer
+
+SKIPS = 5              # updates skipped in a row that end a run
+PATIENCE = 10          # seconds: a longer step is given up when somebody asks to stop, for torchrun kills after 30
+
 
 class Trainer:
     """One run: the policy, its frozen reference and judge, the data, the optimizer, and the place on disk."""
@@ -459,12 +436,13 @@ class Trainer:
         s = self.settings = settings
         self.recipe = RECIPES[s.recipe]
         self.ranks = Ranks.start(s.device)
-        self.out = Path(s.out_dir)
-        self.before = self.claim_out_dir()
+        self.out = checkpoint.OutDir(s, self.ranks)
         self.dtype = self.pick_dtype()
-        masters = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.masters = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.mesh = self.ranks.mesh(s.replicas) if self.ranks.size > 1 or s.replicas > 1 else None
 
-        self.policy = model.load(s.model, masters, self.ranks.device)
+        # Under adapters the base is frozen: it needs no masters.
+        self.policy = self.load(s.model, self.dtype if s.lora_rank else self.masters, trained=True)
         self.policy.compute_dtype = self.dtype
         self.tokenizer = sample.matching_tokenizer(s.model, self.policy.config)
         context = self.policy.config.context
@@ -472,29 +450,26 @@ class Trainer:
         judge_context = model.read_config(s.judge or s.model).context if online else context
         self.data = Dataset(s, self.tokenizer, context, judge_context, self.say)
         # The reference is read in the compute type: at step 0 it computes what the policy computes, bit for bit.
-        self.reference = self.judge = None
         refined = self.recipe.loss.startswith("sr-")
-        cache = (ReferenceCache(s, self.dtype, self.data.rows + (self.data.held_out or []), refined)
+        cache = (checkpoint.ReferenceCache(s, self.dtype, self.data.rows + (self.data.held_out or []), refined)
                  if s.reference_cache else None)
-        if self.recipe.loss != "sft" and (cache is None or self.ranks.sum([cache.values is None])[0]):
-            self.reference = self.frozen(s.reference or s.model)
-        if online:
-            same = (s.judge or s.model) == (s.reference or s.model)
-            self.judge = self.reference if same else self.frozen(s.judge or s.model)
-        if self.ranks.size > 1:
-            for net in {id(n): n for n in (self.policy, self.reference, self.judge) if n is not None}.values():
-                shard(net, self.dtype)
+        self.frozen = {s.model: self.policy} if s.lora_rank else {}        # with its adapters off it is the reference
+        needed = self.recipe.loss != "sft" and (cache is None or self.ranks.sum([cache.values is None])[0])
+        self.reference = self.load_frozen(s.reference or s.model) if needed else None
+        self.judge = self.load_frozen(s.judge or s.model) if online else None
         if cache is not None:
             if self.reference is not None:
                 self.fill(cache)
             cache.attach()
-            self.reference = None
+            self.reference, self.frozen = None, {}
 
         self.places = s.steps * s.batch_size if s.steps else math.ceil(len(self.data) * s.epochs)
         self.steps = s.steps or math.ceil(self.places / s.batch_size)
         warmup = RECIPES[s.recipe].defaults["warmup_steps"]
         self.warmup = s.warmup_steps if s.warmup_steps is not None else min(warmup, self.steps // 10)
         self.optimizer = self.make_optimizer()
+        self.state = {"step": 0, "skipped": 0, "in_a_row": 0}
+        self.asked, self.step_seconds = Asked(), math.inf
 
     def pick_dtype(self):
         name = self.settings.dtype
@@ -502,15 +477,35 @@ class Trainer:
             name = "bfloat16" if self.ranks.device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
         return getattr(torch, name)
 
-    def frozen(self, folder):
-        """A reference or judge: read in the compute type, never trained; it must share the policy's tokenizer."""
-        net = model.load(folder, self.dtype, self.ranks.device)
-        if folder != self.settings.model and not sample.matching_tokenizer(folder, net.config).same_ids(self.tokenizer):
-            raise InputError(f"{folder} and {self.settings.model} have different tokenizers; all models of a run must share one.")
-        return net.requires_grad_(False)
+    def load(self, folder, dtype, trained=False):
+        """A network, sharded over the ranks before it has memory: each rank reads only what it keeps."""
+        rank, alpha = (self.settings.lora_rank, self.settings.lora_alpha) if trained else (0, 0)
+
+        def prepare(net):
+            net.requires_grad_(trained)
+            if rank:
+                model.add_adapters(net, rank, alpha, self.masters)
+            if self.mesh is not None:
+                shard(net, self.dtype, self.mesh)
+        net = model.load(folder, dtype, self.ranks.device, prepare)
+        if rank:
+            places = dict(net.named_parameters())
+            model.fill(net, ((name, tensor[model.own_rows(places[name])].to(self.ranks.device, self.masters))
+                             for name, tensor in model.fresh_adapters(net, self.settings.seed)))
+        for block in net.blocks:
+            block.recompute = trained and self.settings.checkpoint_activations
+        return net
+
+    def load_frozen(self, folder):
+        """A reference or judge: read once, in the compute type, never trained; it must share the policy's tokenizer."""
+        if folder not in self.frozen:
+            net = self.frozen[folder] = self.load(folder, self.dtype)
+            if folder != self.settings.model and not sample.matching_tokenizer(folder, net.config).same_ids(self.tokenizer):
+                raise InputError(f"{folder} and {self.settings.model} have different tokenizers; all models of a run must share one.")
+        return self.frozen[folder]
 
     def make_optimizer(self):
-        s, parameters = self.settings, list(self.policy.parameters())
+        s, parameters = self.settings, [weight for weight in self.policy.parameters() if weight.requires_grad]
         if s.optimizer == "rmsprop":
             return torch.optim.RMSprop(parameters, lr=s.lr)
         kind, extra = (torch.optim.AdamW, {"weight_decay": s.weight_decay}) if s.optimizer == "adamw" else (torch.optim.Adam, {})
@@ -551,21 +546,47 @@ class Trainer:
         size = self.settings.micro_batch_size * (self.settings.k // 2 if self.data.online else 1)      # prompts → pairs
         micros = [examples[i:i + size] for i in range(0, len(examples), size)]
         weight, = self.ranks.sum([sum(self.weight(example) for example in examples)])
+        rounds = self.ranks.largest(len(micros))
         update_started = time.perf_counter()
-        for i in range(self.ranks.largest(len(micros))):
+        for i in range(rounds):
+            self.go_on()
+            if self.settings.replicas > 1:                # replicas meet once a step: until then each adds up its own
+                self.policy.set_requires_all_reduce(i == rounds - 1)
             loss = self.objective(micros[i], log) if i < len(micros) else self.nothing()
             # FSDP averages gradients over the ranks; we want the sum.
             (loss * self.ranks.size / max(weight, 1)).backward()
-        norm = float(full(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.grad_clip or math.inf)))
-        if not math.isfinite(norm):
-            raise InputError(f"step {step + 1}: the gradient is not finite (norm {norm}); the run stops with what was saved "
-                             f"before. A lower --lr or --grad_clip may help.")
-        self.optimizer.step()
+        trained = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        norm = float(full(torch.nn.utils.clip_grad_norm_(trained, self.settings.grad_clip or math.inf)))
+        means = log.means()
+        finite = math.isfinite(norm) and math.isfinite(means.get("loss", 0.0))
+        if finite and weight:
+            self.optimizer.step()
+            self.state["in_a_row"] = 0
+        else:
+            self.skip(step, "the loss or its gradient is not finite" if not finite else "all samples of a prompt are the same")
         self.optimizer.zero_grad(set_to_none=True)
         log.value("update_seconds", time.perf_counter() - update_started)
-        metrics = {"step": step + 1, **log.means(), "grad_norm": norm, "lr": self.lr_at(step)}
-        metrics["tokens_per_second"] = log.totals["tokens"] / (time.perf_counter() - started)
+        means |= log.means()
+        metrics = {"step": step + 1, **means, "grad_norm": norm, "lr": self.lr_at(step), "skipped": self.state["skipped"]}
+        self.step_seconds = time.perf_counter() - started
+        metrics["tokens_per_second"] = log.totals["tokens"] / self.step_seconds
         return metrics
+
+    def skip(self, step, why):
+        """Leave the weights as they are in a step with nothing to learn from; after SKIPS in a row there is no hope."""
+        self.state["skipped"] += 1
+        self.state["in_a_row"] += 1
+        self.say(f"\nstep {step + 1}: {why}; the update is skipped")
+        if self.state["in_a_row"] >= SKIPS:
+            kept = [path.name for path in self.out.checkpoints()]
+            raise InputError(f"step {step + 1}: {why}, for {SKIPS} steps in a row; the run stops" + (
+                f" and keeps {kept[-1]}." if kept else ".") + " A lower --lr or --grad_clip, or a larger --beta, may help.")
+
+    def go_on(self):
+        """Between two parts of a step: raise Dropped on all ranks when one of them was asked to stop and whoever asked will
+        not wait for the step's end."""
+        if self.ranks.largest(int(self.asked.expects(self.step_seconds))):
+            raise Dropped
 
     def weight(self, example):
         """What an example counts in the mean: supervised tokens (SFT) or pairs."""
@@ -618,7 +639,8 @@ class Trainer:
             if pairs[0].reference is not None:
                 reference = torch.tensor([pair.reference[query] for pair in pairs], dtype=torch.float64)
             else:
-                reference = losses.logprobs(self.reference, forest, starts).view(-1, 2)
+                with model.without_adapters(self.reference):
+                    reference = losses.logprobs(self.reference, forest, starts).view(-1, 2)
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             policy = losses.logprobs(self.policy, forest, starts).view(-1, 2).unbind(1)
         reference = reference.to(policy[0]).unbind(1)
@@ -630,7 +652,7 @@ class Trainer:
         pairs, size, n = cache.pairs, self.settings.micro_batch_size, len(cache.pairs)
         line = cli.StepLine(n, "reference", enabled=self.ranks.rank == 0)
         cache.values = {query: torch.zeros(n, 2, dtype=torch.float64) for query in cache.queries}
-        with gathered(self.reference):
+        with gathered(self.reference), model.without_adapters(self.reference):
             for start in range(self.ranks.rank * size, n, self.ranks.size * size):
                 part = slice(start, start + size)
                 for query, values in cache.values.items():
@@ -659,23 +681,34 @@ class Trainer:
             started = time.perf_counter()
             policy, samples = model.cast(self.policy, self.dtype), []
             size = self.prompts_at_a_time(share)
-            for i in range(0, len(share), size):
+            for i in range(0, self.ranks.largest(len(share)), size):
+                self.go_on()
                 chunk = share[i:i + size]
+                if not chunk:
+                    continue
                 table = torch.stack([sample.uniforms(s.seed, step, place, s.k, self.data.max_tokens) for place, _ in chunk])
                 samples += sample.generate(policy, [row.x for _, row in chunk], table, self.stop_ids, self.allowed,
                                            s.temperature, s.top_p)
             del policy
             log.value("sample_seconds", time.perf_counter() - started)
+            self.go_on()
             started = time.perf_counter()
             texts = [[sample.response_text(self.tokenizer, one) for one in group] for group in samples]
             contexts = [data.context_text(pair.row.prompt) for _, pair in share]
-            labelled, strengths, asked, cut = judge.label(self.judge, self.data.questioner, contexts, texts, self.recipe.pairs)
+            with model.without_adapters(self.judge):
+                labelled, strengths, asked, cut, off = judge.label(self.judge, self.data.questioner, contexts, texts,
+                                                                   self.recipe.pairs)
             log.value("judge_seconds", time.perf_counter() - started)
         for (_, query), group, chosen in zip(share, samples, labelled):
             pairs += [data.Pair(query.x, query.px, group[i].ids, group[j].ids, p, query.row, False) for i, j, p in chosen]
+        alike = [pair.chosen == pair.rejected for pair in pairs]
+        pairs = [pair for pair, same in zip(pairs, alike) if not same]        # two times the same response teaches nothing
         log.add("response_length", torch.tensor([float(len(one.ids)) for group in samples for one in group]))
         log.add("finished", torch.tensor([float(one.finished) for group in samples for one in group]))
+        log.add("empty", torch.tensor([float(not text.strip()) for group in texts for text in group]))
+        log.add("identical", torch.tensor([float(same) for same in alike]))
         log.add("judge_cut", torch.tensor([float(cut)]), weight=asked)
+        log.add("judge_off", torch.tensor([float(off)]), weight=2 * asked)
         log.add("prompt_cut", torch.tensor([float(query.cut) for _, query in share]))
         self.write_rollouts(step, share, samples, texts, labelled)
         if s.sample_every and step % s.sample_every == 0 and share:
@@ -693,12 +726,10 @@ class Trainer:
     def write_rollouts(self, step, share, samples, texts_of, labelled):
         """Rollouts as data rows, one file a rank, so that the run can be replayed offline."""
         name = f"rollouts.{self.ranks.rank}.jsonl" if self.ranks.rank else "rollouts.jsonl"
-        with open(self.out / name, "a", encoding="utf-8") as file:
-            for (_, query), group, texts, chosen in zip(share, samples, texts_of, labelled):
-                for i, j, p in chosen:
-                    row = {"prompt": query.row.prompt, "chosen": texts[i], "rejected": texts[j], "p": round(p, 6),
-                           "finished": [group[i].finished, group[j].finished], "step": step + 1}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.out.append(name, [{"prompt": query.row.prompt, "chosen": texts[i], "rejected": texts[j], "p": round(p, 6),
+                                "finished": [group[i].finished, group[j].finished], "step": step + 1}
+                               for (_, query), group, texts, chosen in zip(share, samples, texts_of, labelled)
+                               for i, j, p in chosen])
 
     def show_rollout(self, step, query, texts, strengths, labelled):
         self.say(f"\nstep {step + 1}: {data.context_text(query.row.prompt)!r}")
@@ -716,122 +747,48 @@ class Trainer:
             return {}
         log = Log(self.ranks)
         rows = self.data.held_out[self.ranks.rank::self.ranks.size]
+        size = self.settings.micro_batch_size
         with gathered(*(net for net in (self.policy, self.reference) if net is not None)):
-            for i in range(0, len(rows), self.settings.micro_batch_size):
-                self.objective(rows[i:i + self.settings.micro_batch_size], log)
+            for i in range(0, self.ranks.largest(len(rows)), size):
+                self.go_on()
+                if rows[i:i + size]:
+                    self.objective(rows[i:i + size], log)
         return {f"eval_{name}": value for name, value in log.means().items()}
 
     # -- on disk -------------------------------------------------------------------------------------------------------
 
-    def state(self):
-        """Everything a run needs to go on, as one flat dict of tensors (the order of data and samples needs no state)."""
-        tensors = {f"policy.{name}": weight for name, weight in self.policy.named_parameters()}
-        for name, weight in self.policy.named_parameters():
+    def saved(self):
+        """What a checkpoint holds, as one flat dict of tensors: trained weights and optimizer state (the order of data and
+        samples needs no state)."""
+        trained = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
+        tensors = {f"policy.{name}": weight for name, weight in trained.items()}
+        for name, weight in trained.items():
             for key, value in self.optimizer.state[weight].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors
 
-    def save_checkpoint(self, step):
-        """checkpoint/step-N: sharded safetensors, then state.json, written aside and renamed into place."""
-        folder = self.out / "checkpoint"
-        aside, place = folder / f".writing-step-{step}", folder / f"step-{step}"
-        if self.ranks.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        self.ranks.wait()
-        with warnings.catch_warnings():               # one process needs no process group, which DCP warns about
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.save(self.state(), storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True),
-                     no_dist=self.ranks.size == 1)
-        self.ranks.wait()
-        if self.ranks.rank == 0:
-            files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
-            (aside / "state.json").write_text(json.dumps({"step": step, "ranks": self.ranks.size, "files": files}, indent=2))
-            for file in aside.iterdir():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-            shutil.rmtree(place, ignore_errors=True)
-            os.replace(aside, place)
-            for old in self.checkpoints()[:-self.settings.keep]:
-                shutil.rmtree(old)
-        self.ranks.wait()
-
-    def checkpoints(self):
-        """Complete checkpoints, oldest first."""
-        found = [path for path in (self.out / "checkpoint").glob("step-*")
-                 if re.fullmatch(r"step-\d+", path.name) and (path / "state.json").exists()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-    def load_checkpoint(self, folder):
-        """Read weights and optimizer state in place, on any number of ranks; returns the step."""
-        state = cli.read_json(folder / "state.json")
-        remedy = f"remove {folder} to go on from an earlier one, or start over with --resume=never"
-        if type(state.get("step")) is not int or state["step"] < 1 or not isinstance(state.get("files"), dict):
-            raise InputError(f"{folder / 'state.json'} does not say what the checkpoint holds; {remedy}.")
-        for name, size in state["files"].items():
-            path = folder / name
-            if not path.exists() or path.stat().st_size != size:
-                raise InputError(f"{path} is missing or incomplete; {remedy}.")
-        for group in self.optimizer.param_groups:       # the state must exist before it can be read into
+    def room_for_saved(self):
+        """The same to be read into: an optimizer has its state only after a first step."""
+        for group in self.optimizer.param_groups:
             group["lr"] = 0.0
             for weight in group["params"]:
                 weight.grad = torch.zeros_like(weight)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        tensors = self.state()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            try:
-                reader = dcp.HuggingFaceStorageReader(str(folder))
-                more = sorted(reader.read_metadata().state_dict_metadata.keys() - tensors.keys())
-                if more:             # dcp reads what it is asked for and does not mind the rest
-                    raise ValueError(f"it also holds {more[0]}")
-                dcp.load(tensors, storage_reader=reader, no_dist=self.ranks.size == 1)
-            except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError) as error:
-                why = str(error).strip().splitlines()[-1]
-                raise InputError(f"{folder} does not fit this model and optimizer ({why}); {remedy}.") from None
-        return state["step"]
+        return self.saved()
 
     def save_final(self):
-        """final/: a Hugging Face folder with the source's tokenizer files."""
-        weights = {}
-        for name, weight in self.policy.named_parameters():
-            whole = full(weight).detach()
-            if self.ranks.rank == 0:
-                weights[name] = whole.cpu()
-        if self.ranks.rank == 0:
-            aside, place = self.out / ".writing-final", self.out / "final"
-            shutil.rmtree(aside, ignore_errors=True)
-            model.save_weights(self.policy.config, weights, aside)
-            self.tokenizer.save(aside)
-            shutil.rmtree(place, ignore_errors=True)
-            os.replace(aside, place)
-        self.ranks.wait()
+        """final/: a Hugging Face folder with the source's tokenizer files; and adapter/, what was trained of it, for PEFT."""
+        def write(folder, weights):
+            model.save_weights(self.policy.config, weights, folder)
+            self.tokenizer.save(folder)
 
-    def claim_out_dir(self):
-        """Refuse an out_dir that is not a run's, or that holds what this run reads: it will be written to and partly cleared.
-        Returns the settings of the run it holds, or None."""
-        s, out = self.settings, self.out.resolve()
-
-        def is_cleared(path):
-            return any(path.is_relative_to(out / name) for name in ("final", "checkpoint"))
-        for folder in filter(None, (*s.folders(), s.reference_cache)):
-            path = Path(folder).resolve()
-            if is_cleared(path) or path == out and folder in s.folders():
-                raise InputError(f"--out_dir={self.out} would overwrite {folder}, which this run needs; name another.")
-            if out.is_relative_to(path) and folder in s.folders():
-                raise InputError(f"--out_dir={self.out} lies in the model folder {folder}; name another.")
-        for spec in s.files():
-            file = Path(data.split_weight(spec)[0]).resolve()
-            if file.parent == out or is_cleared(file):
-                raise InputError(f"{file.name} lies in --out_dir={self.out}, which this run writes to; name another out_dir.")
-        if any(place.exists() and not place.is_dir() for place in (self.out, *self.out.parents)):
-            raise InputError(f"--out_dir={self.out} cannot be written: a file stands in the way.")
-        before = cli.read_json(self.out / "config.json", absent={})
-        ours = ("config.json", "final", "checkpoint", "metrics.jsonl", "rollouts.jsonl")
-        if not isinstance(before.get("settings"), dict) and any((self.out / name).exists() for name in ours):
-            raise InputError(f"--out_dir={self.out} holds files of another kind; name an empty or a new folder.")
-        return before.get("settings")
+        def write_adapters(folder, weights):
+            model.save_adapters(self.policy, weights, self.settings.model, folder)
+        if self.settings.lora_rank:
+            self.out.write_folder("adapter", write_adapters, ((name, full(weight)) for name, weight in
+                                                              self.policy.named_parameters() if "lora_" in name))
+        self.out.write_folder("final", write, model.merged(self.policy, full))
 
     def resolved(self):
         """The settings with every default filled in, as config.json records them."""
@@ -841,134 +798,97 @@ class Trainer:
             max_length=d.max_length, max_prompt_length=d.max_prompt_length, max_tokens=d.max_tokens,
             reference=s.reference or s.model, judge=s.judge or s.model)
 
-    def inputs(self):
-        """{file or model folder: digest of its contents}: a run goes on only with what it began with."""
-        s, found = self.settings, {}
-        if self.ranks.rank == 0:
-            for folder in s.folders():
-                files = {path for path, *_ in model.weight_files(folder).values()}
-                found[folder] = digest(Path(folder) / "config.json", *sorted(files), sampled=True)
-            for spec in s.files():
-                found[spec] = digest(data.split_weight(spec)[0])
-        return self.ranks.from_first(found)
-
-    def begin(self):
-        """The step to go on from, or None when the run is finished; other settings than the run's are refused by name."""
-        s, settings = self.settings, json.loads(json.dumps(self.resolved()))
-        settings["inputs"] = self.inputs()
-        step, last = 0, (last_record(self.out / "metrics.jsonl") or {}).get("step")
-        if self.before is not None and s.resume != "never":
-            free = {"out_dir", "resume", "keep", "save_every", "sample_every", "eval_every", "device", "micro_batch_size",
-                    "reference_cache", "inputs"}
-            changed = [f"{key} ({self.before.get(key)} → {value})" for key, value in settings.items()
-                       if key not in free and self.before.get(key) != value]
-            changed = changed or [f"the contents of {path}" for path, contents in settings["inputs"].items()
-                                  if self.before.get("inputs", {}).get(path) != contents]
-            if changed and s.resume != "force":
-                raise InputError(f"{self.out} holds a run with other settings or data: {', '.join(changed)}; use another "
-                                 f"--out_dir, --resume=never to start over or --resume=force to go on all the same.")
-            if (self.out / "final").exists() and last == self.steps:
-                return None
-            found = self.checkpoints()
-            if found:
-                step = self.load_checkpoint(found[-1])
-                if step > self.steps:
-                    raise InputError(f"{self.out} has come to step {step} already, behind --steps={self.steps}; use another "
-                                     f"--out_dir or --resume=never.")
-                self.say(f"going on from {found[-1]}")
-        self.ranks.wait()
-        if self.ranks.rank == 0:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                for name in ("final",) if step else ("final", "checkpoint"):
-                    shutil.rmtree(self.out / name, ignore_errors=True)
-                record = {"settings": settings, "versions": versions(), "commit": commit(), "ranks": self.ranks.size}
-                (self.out / "config.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-                for path in (self.out / "metrics.jsonl", *self.out.glob("rollouts*.jsonl")):
-                    keep_records(path, step)
-            except OSError as error:
-                raise InputError(f"--out_dir={self.out} cannot be written: {error.strerror}.") from None
-        self.ranks.wait()
-        return step
-
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def run(self):
         """Train to the end and write final/. Returns the last metrics.
 
-        SIGTERM and SIGINT end it after the step under way: a checkpoint is saved and the process leaves with 128 + the signal.
+        SIGTERM and SIGINT end it behind the step under way, or before it where that would take too long: a checkpoint is
+        saved and the process leaves with 128 + the signal.
         """
-        with self.locked(), asked_to_stop() as asked:
-            return self.train(asked)
-
-    @contextlib.contextmanager
-    def locked(self):
-        """out_dir belongs to one run at a time; the first rank holds the lock, and the system frees it whatever happens."""
-        if self.ranks.rank:
-            yield
-            return
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            file = open(self.out / ".lock", "w")
-        except OSError as error:
-            raise InputError(f"--out_dir={self.out} cannot be written: {error.strerror}.") from None
-        with file:
-            try:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"another run is writing to --out_dir={self.out}; wait for it, or name another.") from None
-            except OSError:          # a file system without locks
-                pass
-            yield
+            with self.out.locked(), asked_to_stop() as self.asked:
+                return self.train()
+        except RuntimeError as error:
+            if self.ranks.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise InputError(f"rank {self.ranks.rank} has lost another rank, which stopped or was killed; what was saved is "
+                                 f"kept.") from error
+            raise
 
-    def train(self, asked):
-        """The steps from where begin() says, until the last one or until asked[0] holds a signal."""
+    def begin(self):
+        """Go on from the last checkpoint, or from the start; False behind the end."""
+        state = self.out.begin(self.resolved(), self.steps, self.room_for_saved)
+        self.state = state or self.state
+        return state is not None
+
+    def train(self):
+        """The steps from where begin() says, until the last one or until somebody asks to stop."""
         s = self.settings
-        start = self.begin()
-        if start is None:
-            last = last_record(self.out / "metrics.jsonl")
-            self.say(f"{self.out} is finished: {json.dumps(last)}")
+        if not self.begin():
+            last = checkpoint.last_record(self.out.path / "metrics.jsonl")
+            self.say(f"{self.out.path} is finished: {json.dumps(last)}")
             return last
-        count = sum(weight.numel() for weight in self.policy.parameters())
-        self.say(f"{s.recipe}: {count:,} parameters, {len(self.data):,} rows, {self.steps} steps of {s.batch_size}, "
+        trained, count = (sum(weight.numel() for weight in self.policy.parameters() if weight.requires_grad or not only)
+                          for only in (True, False))
+        self.say(f"{s.recipe}: {count:,} parameters" + (f", {trained:,} of them trained" if trained < count else "") +
+                 f", {len(self.data):,} rows, {self.steps} steps of {s.batch_size}, "
                  f"{str(self.dtype).removeprefix('torch.')} on {self.ranks.size} × {self.ranks.device}")
         if self.data.online:
             self.stop_ids, self.allowed = sample.stopping(self.tokenizer, self.data.limits["chat"], self.policy.config)
         line = cli.StepLine(self.steps, s.recipe, enabled=self.ranks.rank == 0)
-        line.resume_at(start)
-        metrics = {}
-        for step in range(start, self.steps):
-            metrics = self.update(step)
+        line.resume_at(self.state["step"])
+        metrics = checkpoint.last_record(self.out.path / "metrics.jsonl")       # of a run that was killed behind its last step
+        on_disk = self.state["step"]
+        for step in range(self.state["step"], self.steps):
             last = step + 1 == self.steps
-            if last or s.eval_every and (step + 1) % s.eval_every == 0:
-                metrics |= self.evaluate()
-            if self.ranks.rank == 0:
-                with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps({k: rounded(v) for k, v in metrics.items()}) + "\n")
-            line.update(step + 1, summary(metrics))
-            signal_number = self.ranks.largest(asked[0])         # ranks hear of it at different times: stop together
-            if last or signal_number or s.save_every and (step + 1) % s.save_every == 0:
-                self.save_checkpoint(step + 1)
-            if signal_number and not last:
-                self.say(f"\n{signal.Signals(signal_number).name}: stopped after step {step + 1} of {self.steps} and saved; "
-                         f"the same command goes on from there.")
-                sys.exit(128 + signal_number)
+            with contextlib.suppress(Dropped):
+                metrics = self.update(step)
+                self.state["step"] = step + 1
+                if last or s.eval_every and (step + 1) % s.eval_every == 0:
+                    metrics |= self.evaluate()
+            if self.state["step"] == step + 1:
+                self.ranks.on_first(lambda: self.out.append("metrics.jsonl", [{k: rounded(v) for k, v in metrics.items()}]))
+                line.update(step + 1, summary(metrics))
+            number = self.ranks.largest(self.asked.number)        # ranks hear of it at different times: stop together
+            if last or number or s.save_every and (step + 1) % s.save_every == 0:
+                if self.state["step"] > on_disk:
+                    self.out.save(self.saved(), self.state)
+                    on_disk = self.state["step"]
+            if number and self.state["step"] < self.steps:
+                self.optimizer.zero_grad(set_to_none=True)
+                self.say(f"\n{signal.Signals(number).name}: stopped after step {on_disk} of {self.steps}" + (
+                    " and saved; the same command goes on from there." if on_disk else "; the same command starts again."))
+                sys.exit(128 + number)
         self.save_final()
-        self.say(f"{s.recipe}: written to {self.out / 'final'}")
+        if self.state["skipped"]:
+            self.say(f"{self.state['skipped']} of {self.steps} updates were skipped")
+        self.say(f"{s.recipe}: written to {self.out.path / 'final'}")
         return metrics
+
+
+class Dropped(Exception):
+    """The step under way was given up; the weights are as they were before it."""
+
+
+class Asked:
+    """Whether this process was asked to stop: by which signal, or 0."""
+    number = 0
+
+    def __call__(self, number, frame):
+        self.number = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)        # a second Ctrl-C stops at once
+
+    def expects(self, step_seconds):
+        """Whether a step under way, which takes about so long, should be given up."""
+        return self.number and step_seconds > PATIENCE
 
 
 @contextlib.contextmanager
 def asked_to_stop():
-    """A list whose one element is 0, or the signal that asked this process to stop. A second Ctrl-C stops at once."""
-    asked = [0]
-
-    def note(number, frame):
-        asked[0] = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    """An Asked that hears of SIGTERM and SIGINT."""
+    asked = Asked()
+    before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked
     finally:
@@ -980,7 +900,7 @@ def leave_with(parent):
     """End this process when `parent`, the torchrun that started it, is gone: an orphan must not go on writing to out_dir."""
     def watch():
         while os.getppid() == parent:
-            time.sleep(1)
+            time.sleep(0.2)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
@@ -1015,52 +935,14 @@ class Log:
 
 
 METRICS = ("loss margin refined_margin accuracy augmented_accuracy kl p p_hat chosen_logp rejected_logp response_length "
-           "finished judge_cut prompt_cut sample_seconds judge_seconds update_seconds").split()
-
-
-def records(path):
-    """[(line, its object)] of a jsonl file, up to the first line that a crash left torn or that is no step's."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []:
-        try:
-            record = json.loads(line)
-            record["step"]
-        except (ValueError, KeyError, TypeError):
-            break
-        found.append((line, record))
-    return found
-
-
-def last_record(path):
-    found = records(path)
-    return found[-1][1] if found else None
-
-
-def keep_records(path, step):
-    """Drop what was written after `step`: it will be made again."""
-    if path.exists():
-        aside = path.with_name(f".writing-{path.name}")
-        aside.write_text("".join(line for line, record in records(path) if record["step"] <= step), encoding="utf-8")
-        os.replace(aside, path)
-
-
-def digest(*paths, sampled=False):
-    """SHA-256 of the files' contents, in 32 letters; sampled: of their sizes and 64 pieces of each, for files of many GB."""
-    total, piece = hashlib.sha256(), 1 << 16
-    for path in paths:
-        with open(path, "rb") as file:
-            size = os.path.getsize(path)
-            total.update(str(size).encode())
-            step = max(size // 64, piece) if sampled else piece
-            for place in range(0, size, step):
-                file.seek(place)
-                total.update(file.read(piece))
-    return total.hexdigest()[:32]
+           "finished empty identical judge_cut judge_off prompt_cut sample_seconds judge_seconds update_seconds").split()
 
 
 def rounded(value):
-    """Floats with eight significant digits: enough to compare float32 runs, short enough to read."""
-    return float(f"{value:.8g}") if isinstance(value, float) else value
+    """Floats with eight significant digits: enough to compare float32 runs, short enough to read; null if not finite."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.8g}") if math.isfinite(value) else None       # JSON knows no infinity
 
 
 def summary(metrics):
@@ -1068,19 +950,6 @@ def summary(metrics):
     shown = ("loss", "margin", "refined_margin", "accuracy", "augmented_accuracy", "p", "p_hat", "kl", "response_length",
              "eval_loss", "eval_accuracy")
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
-
-
-def versions():
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-
-
-def commit():
-    """The commit of the source, where it is a git checkout; else None."""
-    try:
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True,
-                              timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
 
 
 def main(settings):
@@ -1091,6 +960,8 @@ def main(settings):
     settings.check_used()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         leave_with(os.getppid())
+        if settings.resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+            settings.resume = settings.given["resume"] = "auto"        # torchrun --max-restarts: what the first try made is good
     if settings.model is None:         # an empty one is a mistake (an unset shell variable), not a wish for toys
         for name in ("data", "prompts", "eval_data", "reference", "judge"):
             if getattr(settings, name):

@@ -308,7 +308,7 @@ def test_what_was_read_for_the_ranking_is_not_read_again(family, tokens, tokeniz
     monkeypatch.setattr(judge, "FOREST_TOKENS", tokens)
     read, plain = [], net.read
     monkeypatch.setattr(net, "read", lambda forest, cache=None: read.append(len(forest.tokens)) or plain(forest, cache))
-    pairs, strengths, _, _ = judge.label(net, questioner, contexts, responses)
+    pairs, strengths, *_ = judge.label(net, questioner, contexts, responses)
     once = sum(read)
     for context, texts, chosen, values in zip(contexts, responses, pairs, strengths):
         alone = judge.compare(net, questioner, [(context, text, "") for text in texts]).p
@@ -340,7 +340,7 @@ def test_labels_of_a_rigged_judge(tokenizers, monkeypatch):
     questioner = judge.Questioner(tokenizer, "helpful", ROOM)
     order = [3, 7, 1, 5, 2, 6, 4]
     responses = [["word" + " more" * (n - 1) for n in order], ["a", "a b", "a b c"]]
-    pairs, strengths, made, cut = judge.label(None, questioner, ["Human: one", "Human: two"], responses)
+    pairs, strengths, made, cut, _ = judge.label(None, questioner, ["Human: one", "Human: two"], responses)
     assert [[(i, j) for i, j, _ in group] for group in pairs] == [[(1, 2), (5, 4), (3, 0)], [(2, 0)]]
     assert sorted(range(7), key=lambda i: -strengths[0][i]) == [1, 5, 3, 6, 0, 4, 2] and len(strengths[1]) == 3
     asked = [[ask for ask in rigged.asked if ask[0] == context] for context in ("Human: one", "Human: two")]
@@ -359,7 +359,7 @@ def test_a_pair_whose_direct_judgement_is_below_half_is_kept(tokenizers, monkeyp
     Rigged(tokenizer, monkeypatch, score=lambda text: -len(text) if text else -100)
     monkeypatch.setattr(judge, "ranked_pairs", None)
     monkeypatch.setitem(judge.PAIRINGS, "ranked", lambda strengths: [(0, 1)])
-    pairs, _, _, _ = judge.label(None, judge.Questioner(tokenizer, "helpful", ROOM), ["Human: one"], [["a b c d", "a"]])
+    pairs, *_ = judge.label(None, judge.Questioner(tokenizer, "helpful", ROOM), ["Human: one"], [["a b c d", "a"]])
     (i, j, p), = pairs[0]
     assert (i, j) == (0, 1) and p < 0.01
 
@@ -368,7 +368,7 @@ def test_labels_count_what_was_cut(tokenizers, monkeypatch):
     tokenizer = tokenizers["neox-420"]
     Rigged(tokenizer, monkeypatch)
     room = whole_length(tokenizer, "Human: one", "x" * 20, "")
-    _, _, made, cut = judge.label(None, judge.Questioner(tokenizer, "helpful", room), ["Human: one"], [["x" * 20, "y", "z"]])
+    _, _, made, cut, _ = judge.label(None, judge.Questioner(tokenizer, "helpful", room), ["Human: one"], [["x" * 20, "y", "z"]])
     assert (made, cut) == (4, 1)                          # three against nothing; the best against the worst is cut
 
 

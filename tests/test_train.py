@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import checkpoint
 import data
 import model
 import tiny
@@ -239,7 +241,7 @@ def cache_path(world, out, **changes):
     trainer = train.Trainer(train.Settings(**settings(world, out, **{"recipe": "dpo", **changes})))
     rows = trainer.data.rows + (trainer.data.held_out or [])
     trainer.settings.reference_cache = str(world / "nowhere")
-    return train.ReferenceCache(trainer.settings, trainer.dtype, rows, trainer.recipe.loss.startswith("sr-")).path
+    return checkpoint.ReferenceCache(trainer.settings, trainer.dtype, rows, trainer.recipe.loss.startswith("sr-")).path
 
 
 @pytest.mark.parametrize("recipe", ["dpo", "sr-dpo"])
@@ -253,7 +255,7 @@ def test_a_cached_reference_changes_nothing(recipe, world, tmp_path, monkeypatch
     file, = (tmp_path / "cache" / "below").iterdir()
     written = file.stat().st_mtime_ns
     assert file.name.startswith("reference-") and file.suffix == ".safetensors"
-    monkeypatch.delattr(train.Trainer, "frozen")
+    monkeypatch.delattr(train.Trainer, "load_frozen")
     assert_same(run(world, tmp_path / "second", **changes), plain, 1e-7)
     assert [path.stat().st_mtime_ns for path in (tmp_path / "cache" / "below").iterdir()] == [written]
     assert_same_weights(tmp_path / "first", tmp_path / "plain", 1e-9)
@@ -284,7 +286,7 @@ def test_only_what_the_reference_says_is_in_the_key(world, tmp_path):
     out, q = tmp_path / "out", dict(recipe="sr-dpo", refinement_prompt="Please: ")
     key = cache_path(world, out)
     copy = tmp_path / "copy"
-    train.shutil.copytree(world / "model", copy)
+    shutil.copytree(world / "model", copy)
     same = [dict(batch_size=2), dict(lr=1.0), dict(beta=0.7), dict(recipe="ipo"), dict(seed=5), dict(micro_batch_size=1),
             dict(reference=str(copy)), dict(max_length=400, max_prompt_length=200)]
     assert {cache_path(world, out, **changes) for changes in same} == {key}
@@ -297,7 +299,7 @@ def test_only_what_the_reference_says_is_in_the_key(world, tmp_path):
     assert cache_path(world, out, **q) == cache_path(world, out, **q, lam=0.7)
     weights = load_file(copy / "model.safetensors")
     next(iter(weights.values()))[0, 0] += 1e-3
-    train.save_file(weights, copy / "model.safetensors")
+    save_file(weights, copy / "model.safetensors")
     assert cache_path(world, out, reference=str(copy)) != key
 
 
@@ -310,7 +312,7 @@ def test_a_damaged_cache_is_named(world, tmp_path):
     assert values.keys() == {"x"} and values["x"].shape == (13, 2) and values["x"].dtype == torch.float64
     damaged = [whole[:-1], whole[:20], b""]
     for wrong in ({"x": values["x"][1:]}, {"x": values["x"].float()}, {"px": values["x"]}, {**values, "px": values["x"].clone()}):
-        train.save_file(wrong, tmp_path / "wrong")
+        save_file(wrong, tmp_path / "wrong")
         damaged.append((tmp_path / "wrong").read_bytes())
     for content in damaged:
         file.write_bytes(content)
@@ -481,7 +483,7 @@ def test_what_a_crash_leaves_behind(world, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(world, out, recipe="dpo", steps=2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Trainer, "save_checkpoint", lambda trainer, step: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(checkpoint.OutDir, "save", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
         run(world, out, recipe="dpo", steps=4, resume="force")
     assert not (out / "final").exists()
     with open(out / "metrics.jsonl", "a") as file:
@@ -527,8 +529,12 @@ def test_an_out_dir_among_what_is_read_is_refused(world, tmp_path):
 
 
 def test_a_run_that_diverges_stops_with_a_sentence(world, tmp_path):
-    with pytest.raises(InputError, match="step 2: .*not finite"):
-        run(world, tmp_path, recipe="dpo", lr=1e30, dtype="float32", grad_clip=0.0)
+    """A learning rate of 1e30: from the second step on nothing is finite; five such steps end the run, and the weights and
+    the checkpoint are those of the first."""
+    with pytest.raises(InputError, match="step 6: .*not finite, for 5 steps in a row; the run stops and keeps step-5"):
+        run(world, tmp_path, recipe="dpo", steps=9, lr=1e30, dtype="float32", grad_clip=0.0, save_every=1)
+    rows = metrics(tmp_path)
+    assert [row["skipped"] for row in rows] == [0, 1, 2, 3, 4] and rows[1]["grad_norm"] is None
 
 
 def test_all_models_of_a_run_share_a_tokenizer(world, tmp_path):
@@ -570,7 +576,7 @@ def test_only_whole_checkpoints_count(world, tmp_path):
 def test_steps_behind_the_checkpoint_are_refused(world, tmp_path):
     """Two steps of a run that has made three cannot be had: no final/ that says so."""
     first = run(world, tmp_path, recipe="dpo")
-    train.shutil.rmtree(tmp_path / "final")
+    shutil.rmtree(tmp_path / "final")
     with pytest.raises(InputError, match="step 3 already, behind --steps=2"):
         run(world, tmp_path, recipe="dpo", steps=2, resume="force")
     assert not (tmp_path / "final").exists() and metrics(tmp_path) == first
