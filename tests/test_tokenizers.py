@@ -538,10 +538,10 @@ BROKEN_JSON = {
         ignore_merges=True, vocab=root["model"]["vocab"] | {"xy": 999}),
     "model.dropout": lambda root: root["model"].update(dropout=0.1),
     "model.end_of_word_suffix": lambda root: root["model"].update(end_of_word_suffix="</w>"),
-    "normalizer NFKC": lambda root: root.update(normalizer={"type": "NFKC"}),
-    "is not byte-level BPE (model Unigram": lambda root: root.update(model={"type": "Unigram", "vocab": [["a", 0.0]]}),
+    "normalizer 'NFKC'": lambda root: root.update(normalizer={"type": "NFKC"}),
+    "is not byte-level BPE (model 'Unigram'": lambda root: root.update(model={"type": "Unigram", "vocab": [["a", 0.0]]}),
     "comes with a tokenizer.model": lambda root: root["model"].update(byte_fallback=True),
-    "pre_tokenizer Metaspace": lambda root: root.update(pre_tokenizer={"type": "Metaspace", "replacement": "▁"}),
+    "pre_tokenizer 'Metaspace'": lambda root: root.update(pre_tokenizer={"type": "Metaspace", "replacement": "▁"}),
     "pre_tokenizer None": lambda root: root.update(pre_tokenizer=None),
     "add_prefix_space": lambda root: root["pre_tokenizer"].update(add_prefix_space=True),
     "unusable pattern": lambda root: root.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
