@@ -37,10 +37,9 @@ class Shape:
     @classmethod
     def of(cls, folder, rank=0):
         """From the config and the headers of a model folder; InputError where they disagree."""
-        config = model.read_config(folder)
-        with torch.device("meta"):
-            net = model.Transformer(config)
-        model.weight_files(folder)
+        net = model.blank(folder)
+        config = net.config
+        model.match_weights(config, folder, {name: weight.shape for name, weight in net.named_parameters()})
         whole, block = count(net), count(net.blocks[0])
         if rank:
             model.add_adapters(net, rank, 1, torch.float32)

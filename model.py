@@ -221,7 +221,8 @@ class Linear(nn.Linear):
     def forward(self, x):
         y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         if self.scale:
-            y = y + self.scale * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+            inside = F.linear(x, self.lora_a.to(x.dtype)).flatten(0, -2)
+            y.flatten(0, -2).addmm_(inside, self.lora_b.to(x.dtype).T, alpha=self.scale)       # in place: no copy of y
         return y
 
 
@@ -736,15 +737,14 @@ def open_weights(path):
         raise InputError(f"{path} is no sound safetensors file: {error}.") from None
 
 
-def read_weights(config, folder, expected, rows=lambda name: slice(None)):
-    """Yield (our name, tensor) for the parameters in `expected` {our name: shape}, one at a time, from a checked folder.
-    rows(name): the rows to read of its first dimension."""
+def match_weights(config, folder, expected):
+    """({name in the folder: our name} of the parameters in `expected` {our name: shape}, weight_files of the folder) from the
+    headers alone; InputError where a tensor is missing, misshapen, of another type, or nobody's."""
     files = weight_files(folder)
     ours = {file_name(config, name): name for name in expected}
     head = file_name(config, "head.weight")
     if config.is_neox and "lm_head.weight" in files:       # transformers 5 calls it so; published Pythia files embed_out
         ours, head = {"lm_head.weight" if n == head else n: ours[n] for n in ours}, "lm_head.weight"
-    tied_copy = head if config.tied else None
     for name, (path, dtype, shape) in files.items():
         if name in ours:
             if shape != tuple(expected[ours[name]]):
@@ -752,7 +752,7 @@ def read_weights(config, folder, expected, rows=lambda name: slice(None)):
                                  f"{list(expected[ours[name]])}.")
             if dtype not in DTYPES:
                 raise InputError(f"{path}: {name!r} is stored as {dtype!r:.20}; float32, float16 and bfloat16 can be read.")
-        elif not BUFFERS.fullmatch(name) and name != tied_copy:
+        elif not BUFFERS.fullmatch(name) and not (config.tied and name == head):
             raise InputError(f"{path}: unexpected tensor {name!r:.200}; the architecture in config.json has none of this name.")
     missing = [name for name in ours if name not in files]
     if missing:
@@ -760,15 +760,33 @@ def read_weights(config, folder, expected, rows=lambda name: slice(None)):
         raise InputError(f"{index if index.exists() else index.with_name('model.safetensors')}: the tensor {missing[0]!r} that "
                          f"config.json asks for is missing" +
                          (f" (and {len(missing) - 1} more)." if len(missing) > 1 else "."))
+    return ours, files
+
+
+def read_weights(config, folder, expected, rows=lambda name: slice(None)):
+    """Yield (our name, tensor) for the parameters in `expected` {our name: shape}, one at a time, from a checked folder.
+    rows(name): the rows to read of its first dimension."""
+    ours, files = match_weights(config, folder, expected)
     for path in dict.fromkeys(files[name][0] for name in ours):
         with open_weights(path) as file:
             for name in (n for n in ours if files[n][0] == path):
                 yield ours[name], file.get_slice(name)[rows(ours[name])]
-    if tied_copy in files:         # some files repeat the tied head; a different one would be ignored in silence
+    tied_copy = next((name for name in ("lm_head.weight", "embed_out.weight") if name in files and name not in ours), None)
+    if tied_copy is not None:      # some files repeat the tied head; a different one would be ignored in silence
         embedding = file_name(config, "embed.weight")
         with open_weights(files[tied_copy][0]) as head, open_weights(files[embedding][0]) as embed:
             if not torch.equal(head.get_tensor(tied_copy), embed.get_tensor(embedding)):
                 raise InputError(f"{files[tied_copy][0]}: {tied_copy!r} differs from the embedding, but config.json ties them.")
+
+
+def blank(folder, dtype=torch.float32):
+    """The network of a folder without its weights and without memory for them."""
+    config, held = read_config(folder), len(weight_files(folder))
+    if config.layers > held:         # a network of layers that nobody has would take minutes to make
+        raise InputError(f"{Path(folder) / 'config.json'}: num_hidden_layers is {config.layers:,}, but the folder holds "
+                         f"{held:,} tensors in all.")
+    with torch.device("meta"):
+        return Transformer(config).to(dtype)
 
 
 def load(folder, dtype=torch.float32, device="cpu", prepare=None):
@@ -778,16 +796,11 @@ def load(folder, dtype=torch.float32, device="cpu", prepare=None):
     prepare(net) may shard that network or give it adapters; each rank then reads only the rows that it keeps.
     Raises InputError for anything missing, unexpected, misshapen or not implemented; pickles are refused.
     """
-    config, held = read_config(folder), len(weight_files(folder))
-    if config.layers > held:         # a network of layers that nobody has would take memory and minutes to make
-        raise InputError(f"{Path(folder) / 'config.json'}: num_hidden_layers is {config.layers:,}, but the folder holds "
-                         f"{held:,} tensors in all.")
-    with torch.device("meta"):
-        net = Transformer(config).to(dtype)
+    net = blank(folder, dtype)
     if prepare is not None:
         prepare(net)
     weights = {name: weight for name, weight in net.named_parameters() if "lora_" not in name}
-    tensors = read_weights(config, folder, {name: weight.shape for name, weight in weights.items()},
+    tensors = read_weights(net.config, folder, {name: weight.shape for name, weight in weights.items()},
                            lambda name: own_rows(weights[name]))
     return fill(net, ((name, tensor.to(device=device, dtype=dtype)) for name, tensor in tensors))
 
