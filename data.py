@@ -744,10 +744,10 @@ def json_records(path):
         with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
             lines = file                                       # bytes break at \n only, so U+2028 stays inside a line
             if path.lower().removesuffix(".gz").endswith(".json"):
-                raw = []
-                for number, line in enumerate(file, 1):
-                    raw.append(line)
-                raw = b"".join(raw)
+                parts = []
+                for number, part in enumerate(file, 1):        # by the line, so that an error can name one
+                    parts.append(part)
+                raw = b"".join(parts)
                 if raw.removeprefix(BOM).lstrip().startswith(b"["):
                     yield from enumerate(json_list(raw.removeprefix(BOM), path), 1)
                     return

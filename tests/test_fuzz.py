@@ -170,7 +170,7 @@ def safetensors_kind(folder):
         return text.read_bytes()
 
     def attempt(rng):
-        action, text, tail = rng.randrange(8), good[8:8 + length], body
+        action, text, tail = rng.randrange(8), good[8:8 + length], body      # the length of the header, the header, the data
         number, touched = length, set()
         if action == 0:
             number = rng.choice((0, 1, 7, length - 1, length + 1, len(good) - 8, len(good), 2 ** 31, 2 ** 40, 2 ** 63,
@@ -663,7 +663,7 @@ def rows_kind(folder):
         elif action == 3:
             key = rng.choice(list(changed[at]))
             changed[at][key] = rng.choice([[turns], [turns[0]], turns[:2], [None], [dict(turns[1], role="bot")],
-                                           [{"role": "user"}], turns[2], [[]], [dict(turns[2], content=[{"type": "text", "text": "x"}])],
+                                           [{"role": "user"}], turns[2], [[]], [dict(turns[2], content=[{"text": "x"}])],
                                            turns[::-1], turns * 2] + JUNK)
         texts = [json.dumps(record, ensure_ascii=rng.random() < 0.5) for record in changed]
         texts = [text.replace(json.dumps(DEEP), "[" * depth + "]" * depth).encode(errors="surrogatepass") for text in texts]
