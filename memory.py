@@ -15,13 +15,17 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint
+import data
 import judge
 import losses
 import model
 from cli import InputError
 
 P_TOKENS = 64                  # of the refinement prompt, which is some forty words
-SLACK = {"cpu": 0.25, "cuda": 0.1}     # of what comes and goes in a step, what the allocator keeps in pieces; CPU: measured
+LIBRARIES = 100 << 20          # bytes that are first loaded in a step or a save
+# What comes and goes leaves holes that the next step's tensors do not fit into. Measured on a CPU, where cli.keep_freed_memory
+# gives nothing back: three tenths of it, and half of the gradients; CUDA's allocator moves pieces together (not measured).
+HOLES = {"cpu": (0.3, 0.5), "cuda": (0.1, 0.0)}
 
 
 @dataclass
@@ -45,18 +49,30 @@ class Shape:
             model.add_adapters(net, rank, 1, torch.float32)
         return cls(config, whole, block, whole - config.layers * block, count(net) - whole)
 
-    def saved_numbers(self):
-        """Numbers a token that a block keeps for its gradient, where a linear layer keeps its input, a product both factors."""
+    def saved_numbers(self, compute, gathered):
+        """Numbers a token that a block keeps for its gradient, where a linear layer keeps its input and a product both
+        factors; gathered: keys that attention gathers for each token, see keys_gathered."""
         c = self.config
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        norms = 2 * (2 + (not c.is_neox)) * c.width        # a norm's input and output; RMSNorm keeps its quotient too
-        attention = 3 * q + 6 * kv                         # q, the answer in two layouts; k and v, in one row, and gathered
-        mlp = (2 if c.is_neox else 4) * c.ffn              # before and behind the activation, their product
+        if c.is_neox:
+            norms = (3 if c.parallel_residual else 4) * c.width      # both inputs, which may be one, and both outputs
+        else:
+            norms = 2 * (3 if compute.itemsize > 2 else 4) * c.width     # input (in float32), quotient, output
+        attention = 3 * q + gathered * 2 * kv                        # q and the answer in two layouts; keys and values
+        mlp = (2 if c.is_neox else 4) * c.ffn                        # before and behind the activation; the product's factors
         return norms + attention + mlp
 
     def cache_numbers(self):
         """Numbers a token in the cache of keys and values."""
         return 2 * self.config.layers * self.config.kv_heads * self.config.head_dim
+
+
+def keys_gathered(job):
+    """Keys that ForestAttention lays side by side for each token of a prompt with its responses."""
+    x, y = job.prompt_length, job.response_length
+    forest = data.pack([list(range(x)) + [-1 - i] * y for i in range(job.responses)])
+    attention = model.ForestAttention(forest.depth, forest.end, None, "cpu")
+    return sum(attention.sizes) / len(forest.tokens)
 
 
 def count(net):
@@ -96,15 +112,16 @@ def parts(policy, reference, judge_shape, job, ranks, replicas, device):
     x, y = job.prompt_length, job.response_length
     N = job.micro * (x + job.responses * y)
     logits = min(job.micro * job.responses * y, losses.HEAD_CHUNK) * config.vocab_size
-    per_block = policy.saved_numbers()
+    per_block = policy.saved_numbers(job.compute, keys_gathered(job))
     # With recomputation each block keeps its input, and one block at a time keeps everything.
     kept = config.layers * config.width + per_block if job.recompute else config.layers * per_block
-    largest = max(config.ffn, config.width) * N * c
+    tensor = config.vocab_size * config.width                         # numbers of the largest weight
     update = {
         "gradients": trained * m / S,
         "activations": kept * N * c,
         "logits": logits * (4 + 4 + 4 + c * (c < 4)),             # themselves, their softmax, its gradient
-        "backward": 4 * largest,                                  # gradients on their way through an MLP
+        # gradients on their way through an MLP, and the largest weight's before it is added to what stands there
+        "backward": 4 * max(config.ffn, config.width) * N * c + 2 * tensor * m * (not lora),
     }
     if sharded:       # two blocks are gathered at a time, the root as long as a step takes, each with a gradient to be shared
         update["gathered"] = (2 * policy.block + policy.root) * c + (policy.block + policy.root) * (c + 4) * (not lora)
@@ -130,17 +147,17 @@ def parts(policy, reference, judge_shape, job, ranks, replicas, device):
     state = own + stays["optimizer"]
     phases["saving"] = {"two copies of a file": 2 * min(state, checkpoint.FILE_BYTES) if device == "cpu" else 0}
     merged = policy.whole * (c if lora else m)
-    tensor = config.vocab_size * config.width * (c if lora else m)
-    phases["final"] = {"gathered": tensor if sharded else 0,
+    phases["final"] = {"gathered": tensor * (c if lora else m) if sharded else 0,
                        "two copies of a file": 2 * min(merged, model.SHARD_BYTES) if device == "cpu" else 0}
     return stays, phases
 
 
 def peak(stays, phases, device):
     """(bytes, phase) of the most memory at a time."""
-    slack = SLACK["cuda" if device == "cuda" else "cpu"]
-    worst = max(phases, key=lambda name: sum(phases[name].values()))
-    return sum(stays.values()) + (1 + slack) * sum(phases[worst].values()), worst
+    share, of_gradients = HOLES["cuda" if device == "cuda" else "cpu"]
+    need = {name: (1 + share) * sum(sizes.values()) + of_gradients * sizes.get("gradients", 0) for name, sizes in phases.items()}
+    worst = max(need, key=need.get)
+    return sum(stays.values()) + need[worst] + LIBRARIES, worst
 
 
 def job_of(s, recipe, compute, context, ranks):
