@@ -87,7 +87,8 @@ def convert(text, kind):
 def fields_with_comments(cls):
     """[(field, its comment)] in order, read from the source: the comment behind a field, or the lines above it."""
     comments, above = {}, []
-    for line in inspect.getsource(cls).splitlines():
+    classes = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]       # inherited ones first
+    for line in "".join(map(inspect.getsource, classes)).splitlines():
         stripped = line.strip()
         if stripped.startswith("#"):
             above.append(stripped.lstrip("# "))

@@ -39,8 +39,8 @@ def token_logprobs(head, hidden, tokens):
     return torch.cat([*values, chunk_logprobs(head, *pieces[-1])])
 
 
-def logprobs(net, forest, starts):
-    """Σ log π(token | what stands before it) over each sequence's supervised tokens, those from `starts` on: (S,).
+def logprobs_by_token(net, forest, starts):
+    """log π(token | what stands before it) of each sequence's supervised tokens, one sequence behind the other: (M,).
 
     forest: data.pack of S sequences; starts: S integers >= 1, the lengths of the prompts. A token that several
     sequences share is computed once; the head runs on supervised positions only.
@@ -50,8 +50,15 @@ def logprobs(net, forest, starts):
     nodes, which = torch.unique(torch.cat(supervised), return_inverse=True)
     hidden = net.read(forest)
     values = token_logprobs(net.head, hidden[forest.parent[nodes].to(device)], forest.tokens[nodes].to(device))
-    owner = torch.repeat_interleave(torch.arange(len(supervised)), torch.tensor([len(s) for s in supervised]))
-    return values.new_zeros(len(supervised)).index_add(0, owner.to(device), values[which.to(device)])
+    return values[which.to(device)]
+
+
+def logprobs(net, forest, starts):
+    """Their sums over each sequence's supervised tokens, those from `starts` on: (S,)."""
+    values = logprobs_by_token(net, forest, starts)
+    lengths = torch.tensor([len(path) - start for path, start in zip(forest.paths, starts)])
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return values.new_zeros(len(lengths)).index_add(0, owner.to(values.device), values)
 
 
 def margins(policy, reference):

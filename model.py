@@ -4,6 +4,7 @@
     hidden = net(tokens)                       (B, T) -> (B, T, D)
     logits = net.head(hidden)                  (B, T, V); call it only where a token is needed: it is the widest layer
     save(net, "folder")                        what transformers loads
+    load("folder", scores=True)                its head gives one number, a reward or a value: sequence classification
 
 Everything Osprey scores shares its front, so the attention here knows one rule only: token j is seen by token i exactly
 when j <= i < end[j], where end[j] is the index after j's last descendant in a forest of sequences laid out depth first
@@ -14,12 +15,13 @@ Letters: B rows, T tokens, N tokens of a forest in one line, D width, H query he
 V vocabulary, P prompts, R rows in sampling.
 """
 import contextlib
+import itertools
 import json
 import math
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,8 +59,10 @@ FIELDS = {
 HARMLESS = set("""
     model_type architectures dtype torch_dtype transformers_version _name_or_path bos_token_id eos_token_id pad_token_id
     unk_token_id initializer_range use_cache pretraining_tp classifier_dropout return_dict output_hidden_states
-    output_attentions id2label label2id problem_type chunk_size_feed_forward is_decoder tokenizer_class num_labels
+    output_attentions id2label label2id reward_shift problem_type chunk_size_feed_forward is_decoder tokenizer_class num_labels
     task_specific_params _attn_implementation_autoset attn_implementation gradient_checkpointing""".split())
+SCORERS = {"llama": "LlamaForSequenceClassification", "mistral": "MistralForSequenceClassification",
+           "gpt_neox": "GPTNeoXForSequenceClassification"}
 DROPOUTS = {"attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
 LARGEST = 2 ** 28       # no size is larger, and the bytes of a matrix of two of them can still be counted in 64 bits
 
@@ -86,6 +90,7 @@ class Config:
     rotary_dims: int               # how many of the head's dimensions turn (GPT-NeoX: rotary_pct of them)
     rope_scaling: dict | None      # {"rope_type": "linear" | "llama3", …}
     source: dict
+    scores: bool = False           # the head gives one number a token instead of logits (a reward model)
 
     @property
     def is_neox(self):
@@ -188,15 +193,20 @@ def parse_config(raw, where="config"):
         raise InputError(f"{where}: hidden_act {values['hidden_act']!r:.60} is not implemented ({', '.join(ACTIVATIONS)} are).")
     theta, rotary_dims, scaling = read_rope(raw, values, head_dim, where)
     neox = model_type == "gpt_neox"
+    scores = SCORERS[model_type] in str(raw.get("architectures"))
+    names = raw.get("id2label")
+    labels = raw.get("num_labels", len(names) if isinstance(names, dict) else 2)           # transformers' default is two
+    if scores and labels != 1:
+        raise InputError(f"{where}: a {SCORERS[model_type]} with {labels} labels; a reward model has one.")
     return Config(
         model_type=model_type, vocab_size=positive("vocab_size"), width=width, ffn=positive("intermediate_size"),
         layers=positive("num_hidden_layers"), heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         context=positive("max_position_embeddings"), activation=values["hidden_act"],
         norm_eps=positive("layer_norm_eps" if neox else "rms_norm_eps", float), attention_bias=flag("attention_bias"),
-        mlp_bias=neox or flag("mlp_bias"), tied=flag("tie_word_embeddings"),
+        mlp_bias=neox or flag("mlp_bias"), tied=flag("tie_word_embeddings") and not scores,
         parallel_residual=flag("use_parallel_residual"),
         sliding_window=positive("sliding_window") if values.get("sliding_window") is not None else None,
-        rope_theta=theta, rotary_dims=rotary_dims, rope_scaling=scaling, source=raw)
+        rope_theta=theta, rotary_dims=rotary_dims, rope_scaling=scaling, source=raw, scores=scores)
 
 
 def read_config(folder):
@@ -205,6 +215,13 @@ def read_config(folder):
         raise InputError(f"{folder} is not a folder.")
     path = Path(folder) / "config.json"
     return parse_config(read_json(path), str(path))
+
+
+def scoring(config):
+    """The Config of the same body under a head of one number: what transformers reads as sequence classification."""
+    source = config.source | {"architectures": [SCORERS[config.model_type]], "id2label": {"0": "reward"},
+                              "label2id": {"reward": 0}}
+    return replace(config, tied=False, scores=True, source=source)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +354,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = Norm(config)
-        self.head = Linear(config.width, config.vocab_size, bias=False)
+        self.head = Linear(config.width, 1 if config.scores else config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
         self.compute_dtype = None              # the type of the activations; None: that of the weights
@@ -630,6 +647,8 @@ SHARD_BYTES = 5_000_000_000
 def file_name(config, name):
     """The checkpoint's name of our parameter, e.g. blocks.3.mlp.up.weight."""
     module, kind = name.rsplit(".", 1)
+    if module == "head" and config.scores:
+        return f"score.{kind}"
     layer = re.search(r"\.(\d+)\.", module)
     if layer is None:
         return f"{NAMES[config.model_type][module]}.{kind}"
@@ -743,7 +762,8 @@ def match_weights(config, folder, expected):
     files = weight_files(folder)
     ours = {file_name(config, name): name for name in expected}
     head = file_name(config, "head.weight")
-    if config.is_neox and "lm_head.weight" in files:       # transformers 5 calls it so; published Pythia files embed_out
+    # Published Pythia files call the head embed_out, transformers 5 calls it lm_head.
+    if config.is_neox and not config.scores and "lm_head.weight" in files:
         ours, head = {"lm_head.weight" if n == head else n: ours[n] for n in ours}, "lm_head.weight"
     for name, (path, dtype, shape) in files.items():
         if name in ours:
@@ -752,7 +772,7 @@ def match_weights(config, folder, expected):
                                  f"{list(expected[ours[name]])}.")
             if dtype not in DTYPES:
                 raise InputError(f"{path}: {name!r} is stored as {dtype!r:.20}; float32, float16 and bfloat16 can be read.")
-        elif not BUFFERS.fullmatch(name) and not (config.tied and name == head):
+        elif not BUFFERS.fullmatch(name) and name != head:          # a tied head's copy, or one that nobody asked for
             raise InputError(f"{path}: unexpected tensor {name!r:.200}; the architecture in config.json has none of this name.")
     missing = [name for name in ours if name not in files]
     if missing:
@@ -771,37 +791,44 @@ def read_weights(config, folder, expected, rows=lambda name: slice(None)):
         with open_weights(path) as file:
             for name in (n for n in ours if files[n][0] == path):
                 yield ours[name], file.get_slice(name)[rows(ours[name])]
-    tied_copy = next((name for name in ("lm_head.weight", "embed_out.weight") if name in files and name not in ours), None)
-    if tied_copy is not None:      # some files repeat the tied head; a different one would be ignored in silence
+    # Some files repeat the tied head; a different one would be ignored in silence.
+    copies = [name for name in ("lm_head.weight", "embed_out.weight") if config.tied and name in files and name not in ours]
+    for tied_copy in copies:
         embedding = file_name(config, "embed.weight")
         with open_weights(files[tied_copy][0]) as head, open_weights(files[embedding][0]) as embed:
             if not torch.equal(head.get_tensor(tied_copy), embed.get_tensor(embedding)):
                 raise InputError(f"{files[tied_copy][0]}: {tied_copy!r} differs from the embedding, but config.json ties them.")
 
 
-def blank(folder, dtype=torch.float32):
-    """The network of a folder without its weights and without memory for them."""
+def blank(folder, dtype=torch.float32, scores=False):
+    """The network of a folder without its weights and without memory for them; see load for `scores`."""
     config, held = read_config(folder), len(weight_files(folder))
+    if config.scores and not scores:
+        raise InputError(f"{folder} is a reward model ({SCORERS[config.model_type]}); a language model is needed here.")
     if config.layers > held:         # a network of layers that nobody has would take minutes to make
         raise InputError(f"{Path(folder) / 'config.json'}: num_hidden_layers is {config.layers:,}, but the folder holds "
                          f"{held:,} tensors in all.")
     with torch.device("meta"):
-        return Transformer(config).to(dtype)
+        return Transformer(scoring(config) if scores else config).to(dtype)
 
 
-def load(folder, dtype=torch.float32, device="cpu", prepare=None):
+def load(folder, dtype=torch.float32, device="cpu", prepare=None, scores=False):
     """The transformer of a Hugging Face folder, its weights in `dtype` on `device`.
 
     Tensors are read one at a time into a network without memory, so the peak is one copy of the weights and one tensor.
     prepare(net) may shard that network or give it adapters; each rank then reads only the rows that it keeps.
+    scores: the head is to give one number a token; on a language model's body it is new, and all zero.
     Raises InputError for anything missing, unexpected, misshapen or not implemented; pickles are refused.
     """
-    net = blank(folder, dtype)
+    net, held = blank(folder, dtype, scores), read_config(folder)
     if prepare is not None:
         prepare(net)
     weights = {name: weight for name, weight in net.named_parameters() if "lora_" not in name}
-    tensors = read_weights(net.config, folder, {name: weight.shape for name, weight in weights.items()},
-                           lambda name: own_rows(weights[name]))
+    new_head = scores and not held.scores
+    read = {name: weight.shape for name, weight in weights.items() if not (new_head and name == "head.weight")}
+    tensors = read_weights(held, folder, read, lambda name: own_rows(weights[name]))
+    if new_head:
+        tensors = itertools.chain(tensors, [("head.weight", torch.zeros(1, held.width)[own_rows(net.head.weight)])])
     return fill(net, ((name, tensor.to(device=device, dtype=dtype)) for name, tensor in tensors))
 
 

@@ -84,6 +84,9 @@ def generate(net, prompts, uniform, stop_ids, allowed, temperature=0.7, top_p=0.
     cache.open(forest.paths, K, max_tokens)
     last = torch.stack([path[-1] for path in forest.paths]).to(device)
     logits = net.head(hidden[last]).repeat_interleave(K, 0)        # (R, V)
+    if not logits.isfinite().all():
+        raise InputError("the model's logits are not finite, so nothing can be sampled: its weights are damaged, or training "
+                         "has diverged; a lower --lr or --grad_clip may help.")
 
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     uniform = uniform.reshape(P * K, max_tokens).to(wide).to(device)

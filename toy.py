@@ -3,6 +3,7 @@
     torchrun train.py                       base model → SFT → judge → OSP, then a table: before and after
     torchrun train.py --toy_family=neox     the same with GPT-NeoX and a byte-level tokenizer
     torchrun train.py --recipe=sr-dpo       … → SFT → Sr-DPO; --recipe=sft and --recipe=judge stop there
+    torchrun rlhf.py                        … → SFT → reward model → PPO
 
 A prompt joins a wish, a topic and a time ("A calm line about the sea at dawn:"), a response is a handful of words
 ("calm waves tide shells dawn thanks"), and `reward` says how good it is. Every stage is an ordinary run of train.py
@@ -28,6 +29,7 @@ import data
 import judge
 import losses
 import model
+import rlhf
 import sample
 import train
 
@@ -361,6 +363,8 @@ STAGES = {
     "judge": dict(steps=500, batch_size=32, lr=5e-4, lr_schedule="cosine", eval_every=100),
     "osp":   dict(steps=80, batch_size=16, lr=3e-4, beta=0.1, max_tokens=16, sample_every=40),
     "dpo":   dict(steps=100, batch_size=32, lr=3e-4, optimizer="adam"),
+    "reward": dict(steps=250, batch_size=64, lr=5e-4, lr_schedule="cosine", eval_every=50),
+    "rlhf":  dict(steps=80, batch_size=64, lr=3e-4, max_tokens=16, sample_every=40),
 }
 
 
@@ -370,35 +374,39 @@ def plan(settings):
     What the user gave goes to the last stage; what concerns the whole job (seed, device, …) to all of them.
     """
     out = Path(settings.out_dir)
-    world, final = out / "world", {name: str(out / name / "final") for name in (*train.RECIPES, "base")}
+    world, final = out / "world", {name: str(out / name / "final") for name in (*train.RECIPES, *rlhf.RECIPES, "base")}
 
     def files(*names):
         return [str(world / f"{name}.jsonl") for name in names]
 
-    recipe = train.RECIPES[settings.recipe]
+    recipe = settings.recipes[settings.recipe]
     chain = {"base": dict(recipe="sft", model=str(world / "model"), data=files("texts")),
              "sft": dict(recipe="sft", model=final["base"], data=files("sft"), eval_data=files("eval_sft"))}
-    if settings.recipe == "judge" or recipe.responses == "policy":
+    ranked = recipe.pairs in judge.PAIRINGS
+    if settings.recipe == "judge" or ranked:
         # A fifth of the SFT rows among the instructions, so that the model does not unlearn to answer.
         chain["judge"] = dict(recipe="judge", model=final["sft"], eval_data=files("eval_pairs"),
                               data=files("pairs", "blanks") + [f"{world / 'sft.jsonl'}:0.2"])
-    if recipe.responses == "policy":
+    if ranked:
         chain[settings.recipe] = dict(recipe=settings.recipe, model=final["judge"], prompts=files("prompts"))
-    elif recipe.pairs == "dataset":
-        chain[settings.recipe] = dict(recipe=settings.recipe, model=final["sft"], data=files("pairs"),
-                                      eval_data=files("eval_pairs"))
+    elif recipe.pairs == "dataset" or settings.recipe == "rlhf":
+        name = "reward" if settings.recipe == "rlhf" else settings.recipe
+        chain[name] = dict(recipe=name, model=final["sft"], data=files("pairs"), eval_data=files("eval_pairs"))
+    if settings.recipe == "rlhf":
+        chain["rlhf"] = dict(recipe="rlhf", model=final["sft"], reward=final["reward"], prompts=files("prompts"),
+                             eval_data=files("eval_prompts"))
     for name, stage in chain.items():
         whole = {key: settings.given[key] for key in ("seed", "device", "dtype", "resume", "toy_family")
                  if key in settings.given}
         own = settings.given if name == list(chain)[-1] else whole
-        preset = STAGES.get(name, STAGES["osp" if recipe.responses == "policy" else "dpo"])
+        preset = STAGES.get(name, STAGES["osp" if ranked else "dpo"])
         # All pairs of a step at once: these models are so small that calls cost more than numbers.
         chain[name] = {"micro_batch_size": 64, **preset, **stage, **own, "out_dir": str(out / name)}
     return chain
 
 
 def command_line(stage):
-    return "train.py " + " ".join(f"--{key}={','.join(value) if isinstance(value, list) else value}"
+    return ("rlhf.py " if stage["recipe"] in rlhf.RECIPES else "train.py ") + " ".join(f"--{key}={','.join(value) if isinstance(value, list) else value}"
                                   for key, value in stage.items())
 
 
@@ -446,7 +454,7 @@ def results(out, stages, settings):
     """The table of the stages' models on held-out prompts, as text."""
     rows, _ = data.read_rows(out / "world" / "eval_prompts.jsonl", "prompts")
     prompts = [row.prompt for row in rows]
-    names = [name for name in stages if name != "base"]
+    names = [name for name in stages if name not in ("base", "reward")]
     nets, scores, lines = {}, {}, []
     for stream, name in enumerate(names):
         nets[name], tokenizer = sample.load_model(out / name / "final", "float32", "cpu")
@@ -472,6 +480,9 @@ def results(out, stages, settings):
         text += ["", f"judge accuracy on 512 held-out noisy pairs: {100 * told['sft']['accuracy']:.1f} % before augmentation, "
                  f"{100 * told['judge']['accuracy']:.1f} % after ({100 * told['judge']['true_order']:.1f} % by the true reward); "
                  f"the longer one wins {100 * told['judge']['longer_wins']:.0f} %, slot A {100 * told['judge']['first_slot_rate']:.0f} %"]
+    if "reward" in stages:
+        last = checkpoint.last_record(out / "reward" / "metrics.jsonl")
+        text += ["", f"reward model's accuracy on {ROWS['eval']} held-out noisy pairs: {100 * last['eval_accuracy']:.1f} %"]
     curve = [record["eval_loss"] for _, record in checkpoint.records(out / "sft" / "metrics.jsonl") if "eval_loss" in record]
     if curve:
         text.append("SFT's held-out loss, nats a token: " + " → ".join(f"{value:.3f}" for value in curve))
@@ -497,12 +508,17 @@ def main(settings):
     for stage in stages.values():
         if ranks.rank == 0:
             print("\n" + command_line(stage), flush=True)
-        trainer = train.Trainer(train.Settings(**stage))
+        if stage["recipe"] in rlhf.RECIPES:
+            trainer = rlhf.TRAINERS[stage["recipe"]](rlhf.Settings(**stage))
+        else:
+            trainer = train.Trainer(train.Settings(**stage))
         trainer.run()
     if ranks.rank == 0:
         place = out / f"result-{settings.recipe}.txt"
         final = out / list(stages)[-1] / "final" / "model.safetensors"
         if not place.exists() or place.stat().st_mtime < final.stat().st_mtime:
-            place.write_text(results(out, stages, trainer.settings) + "\n", encoding="utf-8")
+            like_others = {} if settings.recipe != "rlhf" else dict(temperature=0.7, top_p=0.9)       # PPO samples from all of π
+            table = results(out, stages, dataclasses.replace(trainer.settings, **like_others))
+            place.write_text(table + "\n", encoding="utf-8")
         print("\n" + place.read_text(encoding="utf-8") + f"\nall of it in {cli.duration(time.time() - started)}")
     ranks.wait()

@@ -59,6 +59,10 @@ class Recipe:
     labels: str | None             # hard (the winner is named), soft (the judge's strength p), None
     defaults: dict = field(default_factory=dict)
 
+    @property
+    def has_reference(self):
+        return self.loss != "sft"
+
     def __post_init__(self):
         takes_p = self.loss in ("spce", "sr-spce")
         if self.labels == "soft" and not takes_p:
@@ -146,13 +150,15 @@ class Settings:
     sample_every: int = 0                    # online: steps between printing a prompt with its samples and strengths
     toy_family: str = "llama"                # architecture in the toy world: llama (sentencepiece) or neox (tiktoken)
 
+    recipes = RECIPES                        # no setting: what --recipe chooses from
+
     def __post_init__(self):
         """Fill in the recipe's values and refuse impossible ones."""
         plain = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(self)}
         self.given = {name: getattr(self, name) for name in plain if getattr(self, name) != plain[name]}     # for the toy world
-        if self.recipe not in RECIPES:
-            raise InputError(f"--recipe={self.recipe}: choose one of {', '.join(RECIPES)}.")
-        for name, value in RECIPES[self.recipe].defaults.items():
+        if self.recipe not in self.recipes:
+            raise InputError(f"--recipe={self.recipe}: choose one of {', '.join(self.recipes)}.")
+        for name, value in self.recipes[self.recipe].defaults.items():
             if getattr(self, name) is None and name != "warmup_steps":     # that one waits for the number of steps
                 setattr(self, name, value)
         choices = {"optimizer": ("rmsprop", "adam", "adamw"), "lr_schedule": ("constant", "linear", "cosine"),
@@ -164,7 +170,7 @@ class Settings:
                 raise InputError(f"--{name}={getattr(self, name)}: choose one of {', '.join(allowed)}.")
         at_least = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "keep": 1, "max_tokens": 1, "max_length": 3,
                     "max_prompt_length": 1, "eval_every": 0, "save_every": 0, "sample_every": 0, "warmup_steps": 0,
-                    "seed": 0, "lam": 0, "weight_decay": 0, "grad_clip": 0, "lora_rank": 0, "replicas": 1}
+                    "seed": 0, "k": 1, "lam": 0, "weight_decay": 0, "grad_clip": 0, "lora_rank": 0, "replicas": 1}
         for name, least in at_least.items():
             if getattr(self, name) is not None and not least <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name}={getattr(self, name)}: must be at least {least}.")
@@ -174,7 +180,7 @@ class Settings:
                                  (" (greedy samples would all be one)." if name == "temperature" else "."))
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top_p={self.top_p}: must be in (0, 1].")
-        if self.k < 2:
+        if self.k < 2 and self.recipes[self.recipe].pairs in judge.PAIRINGS:
             raise InputError(f"--k={self.k}: pairs need at least 2 responses a prompt.")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InputError(f"--betas={','.join(map(str, self.betas))}: two numbers in [0, 1).")
@@ -187,13 +193,13 @@ class Settings:
         """The data files that it reads, as they were given: "file" or "file:weight"."""
         return [*(self.data or []), *(self.prompts or []), *(self.eval_data or [])]
 
-    def check_used(self):
-        """Refuse what was typed but has no effect in this run: it is a mistake somewhere."""
-        recipe = RECIPES[self.recipe]
+    def users(self):
+        """[(names of settings, whether this run reads them, what they need)]; settings without an entry are always read."""
+        recipe = self.recipes[self.recipe]
         online = recipe.responses == "policy"
-        users = [("weight_decay", self.optimizer == "adamw", "--optimizer=adamw"),
+        return [("weight_decay", self.optimizer == "adamw", "--optimizer=adamw"),
                  ("betas", self.optimizer != "rmsprop", "--optimizer=adam or adamw"),
-                 ("beta reference", recipe.loss != "sft", "a recipe that compares responses"),
+                 ("beta reference", recipe.has_reference, "a recipe that compares responses"),
                  ("reference_cache", recipe.pairs == "dataset", "a recipe with fixed pairs"),
                  ("lam refinement_prompt", recipe.loss.startswith("sr-"), "a recipe sr-*"),
                  ("delta_scale", recipe.loss == "sr-ipo", "--recipe=sr-ipo"),
@@ -203,7 +209,10 @@ class Settings:
                  ("judge_task", online or self.recipe == "judge", "a recipe with a judge"),
                  ("data", not (online and self.prompts), "to stand alone: an online recipe reads --prompts"),
                  ("eval_every", bool(self.eval_data) or self.model is None, "--eval_data")]
-        for names, used, needs in users:
+
+    def check_used(self):
+        """Refuse what was typed but has no effect in this run: it is a mistake somewhere."""
+        for names, used, needs in self.users():
             for name in names.split():
                 if name in self.given and not used:
                     raise InputError(f"--{name} would change nothing in this run: it needs {needs}.")
@@ -340,7 +349,7 @@ class Dataset:
     """Rows as ids, in an order that is a pure function of (seed, epoch)."""
 
     def __init__(self, settings, tokenizer, context, judge_context, say):
-        s, recipe = settings, RECIPES[settings.recipe]
+        s, recipe = settings, settings.recipes[settings.recipe]
         self.online = recipe.responses == "policy"
         self.hard, self.seed = recipe.labels == "hard", s.seed
         chat = data.check_chat(tokenizer, s.chat)
@@ -377,7 +386,7 @@ class Dataset:
         self.rows = self.read(files, need, say)
         self.held_out = None
         if s.eval_data:
-            self.held_out = self.read(s.eval_data, need if not self.online else "pairs", say)
+            self.held_out = self.read(s.eval_data, "pairs" if self.online and recipe.pairs else need, say)
 
     def read(self, files, need, say):
         rows, reports = data.read_data(files, need, self.seed)
@@ -435,7 +444,7 @@ class Trainer:
 
     def __init__(self, settings):
         s = self.settings = settings
-        self.recipe = RECIPES[s.recipe]
+        self.recipe = s.recipes[s.recipe]
         self.ranks = Ranks.start(s.device)
         self.out = checkpoint.OutDir(s, self.ranks)
         self.dtype = pick_dtype(s.dtype, self.ranks.device)
@@ -447,17 +456,17 @@ class Trainer:
         self.policy.compute_dtype = self.dtype
         self.tokenizer = sample.matching_tokenizer(s.model, self.policy.config)
         context = self.policy.config.context
-        online = self.recipe.responses == "policy"
-        judge_context = model.read_config(s.judge or s.model).context if online else context
+        judged = self.recipe.pairs in judge.PAIRINGS
+        judge_context = model.read_config(s.judge or s.model).context if judged else context
         self.data = Dataset(s, self.tokenizer, context, judge_context, self.say)
         # The reference is read in the compute type: at step 0 it computes what the policy computes, bit for bit.
         refined = self.recipe.loss.startswith("sr-")
         cache = (checkpoint.ReferenceCache(s, self.dtype, self.data.rows + (self.data.held_out or []), refined)
                  if s.reference_cache else None)
         self.frozen = {s.model: self.policy} if s.lora_rank else {}        # with its adapters off it is the reference
-        needed = self.recipe.loss != "sft" and (cache is None or self.ranks.sum([cache.values is None])[0])
+        needed = self.recipe.has_reference and (cache is None or self.ranks.sum([cache.values is None])[0])
         self.reference = self.load_frozen(s.reference or s.model) if needed else None
-        self.judge = self.load_frozen(s.judge or s.model) if online else None
+        self.judge = self.load_frozen(s.judge or s.model) if judged else None
         if cache is not None:
             if self.reference is not None:
                 self.fill(cache)
@@ -466,14 +475,14 @@ class Trainer:
 
         self.places = s.steps * s.batch_size if s.steps else math.ceil(len(self.data) * s.epochs)
         self.steps = s.steps or math.ceil(self.places / s.batch_size)
-        warmup = RECIPES[s.recipe].defaults["warmup_steps"]
+        warmup = self.recipe.defaults["warmup_steps"]
         self.warmup = s.warmup_steps if s.warmup_steps is not None else min(warmup, self.steps // 10)
         self.optimizer = self.make_optimizer()
         self.state = {"step": 0, "skipped": 0, "in_a_row": 0}
         self.asked, self.step_seconds = Asked(), math.inf
 
-    def load(self, folder, dtype, trained=False):
-        """A network, sharded over the ranks before it has memory: each rank reads only what it keeps."""
+    def load(self, folder, dtype, trained=False, scores=False):
+        """A network, sharded over the ranks before it has memory: each rank reads only what it keeps. scores: see model.load."""
         rank, alpha = (self.settings.lora_rank, self.settings.lora_alpha) if trained else (0, 0)
 
         def prepare(net):
@@ -482,7 +491,7 @@ class Trainer:
                 model.add_adapters(net, rank, alpha, self.masters)
             if self.mesh is not None:
                 shard(net, self.dtype, self.mesh)
-        net = model.load(folder, dtype, self.ranks.device, prepare)
+        net = model.load(folder, dtype, self.ranks.device, prepare, scores)
         if rank:
             places = dict(net.named_parameters())
             model.fill(net, ((name, tensor[model.own_rows(places[name])].to(self.ranks.device, self.masters))
@@ -499,8 +508,17 @@ class Trainer:
                 raise InputError(f"{folder} and {self.settings.model} have different tokenizers; all models of a run must share one.")
         return self.frozen[folder]
 
+    def networks(self):
+        """{name: network} of what is trained and saved."""
+        return {"policy": self.policy}
+
+    def trained(self):
+        """{network.name: trained weight}."""
+        return {f"{network}.{name}": weight for network, net in self.networks().items()
+                for name, weight in net.named_parameters() if weight.requires_grad}
+
     def make_optimizer(self):
-        s, parameters = self.settings, [weight for weight in self.policy.parameters() if weight.requires_grad]
+        s, parameters = self.settings, list(self.trained().values())
         if s.optimizer == "rmsprop":
             return torch.optim.RMSprop(parameters, lr=s.lr)
         kind, extra = (torch.optim.AdamW, {"weight_decay": s.weight_decay}) if s.optimizer == "adamw" else (torch.optim.Adam, {})
@@ -527,45 +545,56 @@ class Trainer:
         return self.data.positions(step * b, min((step + 1) * b, self.places))[self.ranks.rank::self.ranks.size]
 
     def update(self, step):
-        """One optimizer step; returns its metrics, the same on every rank."""
+        """One step; returns its metrics, the same on every rank."""
         started = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(step)
         share = self.share(step)
-        log = Log(self.ranks)
+        log = self.new_log()
         if self.data.online:
             examples = self.rollout(step, share, log)
         else:
             examples = [row for _, row in share]
-        # The mean is over the global batch, so the count comes first; and all ranks make equally many backward passes.
+        update_started = time.perf_counter()
+        norm = self.learn(step, examples, log)
+        log.value("update_seconds", time.perf_counter() - update_started)
+        metrics = {"step": step + 1, **log.means(), "grad_norm": norm, "lr": self.lr_at(step), "skipped": self.state["skipped"]}
+        self.step_seconds = time.perf_counter() - started
+        metrics["tokens_per_second"] = log.tokens / self.step_seconds
+        return metrics
+
+    def micro_batches(self, examples):
+        """This rank's examples in the parts that it trains on one after the other."""
         size = self.settings.micro_batch_size * (self.settings.k // 2 if self.data.online else 1)      # prompts → pairs
-        micros = [examples[i:i + size] for i in range(0, len(examples), size)]
+        return [examples[i:i + size] for i in range(0, len(examples), size)]
+
+    def learn(self, step, examples, log):
+        """One optimizer step on the examples of all ranks; returns the norm of the gradient."""
+        # The mean is over the global batch, so the count comes first; and all ranks make equally many backward passes.
+        micros = self.micro_batches(examples)
         weight, = self.ranks.sum([sum(self.weight(example) for example in examples)])
         rounds = self.ranks.largest(len(micros))
-        update_started = time.perf_counter()
         for i in range(rounds):
             self.go_on()
             if self.settings.replicas > 1:                # replicas meet once a step: until then each adds up its own
-                self.policy.set_requires_all_reduce(i == rounds - 1)
+                for net in self.networks().values():
+                    net.set_requires_all_reduce(i == rounds - 1)
             loss = self.objective(micros[i], log) if i < len(micros) else self.nothing()
             # FSDP averages gradients over the ranks; we want the sum.
             (loss * self.ranks.size / max(weight, 1)).backward()
         trained = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         norm = float(full(torch.nn.utils.clip_grad_norm_(trained, self.settings.grad_clip or math.inf)))
-        means = log.means()
-        finite = math.isfinite(norm) and math.isfinite(means.get("loss", 0.0))
+        finite = math.isfinite(norm) and math.isfinite(log.means().get("loss", 0.0))
         if finite and weight:
             self.optimizer.step()
             self.state["in_a_row"] = 0
         else:
             self.skip(step, "the loss or its gradient is not finite" if not finite else "all samples of a prompt are the same")
         self.optimizer.zero_grad(set_to_none=True)
-        log.value("update_seconds", time.perf_counter() - update_started)
-        means |= log.means()
-        metrics = {"step": step + 1, **means, "grad_norm": norm, "lr": self.lr_at(step), "skipped": self.state["skipped"]}
-        self.step_seconds = time.perf_counter() - started
-        metrics["tokens_per_second"] = log.totals["tokens"] / self.step_seconds
-        return metrics
+        return norm
+
+    def new_log(self):
+        return Log(self.ranks, METRICS)
 
     def skip(self, step, why):
         """Leave the weights as they are in a step with nothing to learn from; after SKIPS in a row there is no hope."""
@@ -665,7 +694,7 @@ class Trainer:
         else:
             known = {"x": (0.0, 0.0), "px": (0.0, 0.0)} if self.reference is None else None      # else it must run too
             example = data.Pair([0], [0], [0], [0], 0.5, None, False, known)
-        return self.objective([example], Log(self.ranks)) * 0
+        return self.objective([example], self.new_log()) * 0
 
     # -- fresh responses -----------------------------------------------------------------------------------------------
 
@@ -674,17 +703,7 @@ class Trainer:
         s, pairs = self.settings, []
         with gathered(self.policy, self.judge):
             started = time.perf_counter()
-            policy, samples = model.cast(self.policy, self.dtype), []
-            size = self.prompts_at_a_time(share)
-            for i in range(0, self.ranks.largest(len(share)), size):
-                self.go_on()
-                chunk = share[i:i + size]
-                if not chunk:
-                    continue
-                table = torch.stack([sample.uniforms(s.seed, step, place, s.k, self.data.max_tokens) for place, _ in chunk])
-                samples += sample.generate(policy, [row.x for _, row in chunk], table, self.stop_ids, self.allowed,
-                                           s.temperature, s.top_p)
-            del policy
+            samples = self.respond(self.policy, step, share)
             log.value("sample_seconds", time.perf_counter() - started)
             self.go_on()
             started = time.perf_counter()
@@ -709,6 +728,23 @@ class Trainer:
         if s.sample_every and step % s.sample_every == 0 and share:
             self.show_rollout(step, share[0][1], texts[0], strengths[0], labelled[0])
         return pairs
+
+    def respond(self, net, step, share):
+        """A gathered network's K responses to each of this rank's prompts [(place, row)]: lists of K sample.Sample, a pure
+        function of (seed, step, place)."""
+        s, samples = self.settings, []
+        net = model.cast(net, self.dtype)
+        size = -self.ranks.largest(-self.prompts_at_a_time(share))        # prompts differ: the ranks must go on together
+        for i in range(0, self.ranks.largest(len(share)), size):
+            self.go_on()
+            chunk = share[i:i + size]
+            if not chunk:
+                continue
+            table = torch.stack([sample.uniforms(s.seed, step, place, s.k, self.data.max_tokens) for place, _ in chunk])
+            room = [min(self.data.max_tokens, self.data.max_length - len(row.x)) for _, row in chunk]
+            samples += sample.generate(net, [row.x for _, row in chunk], table, self.stop_ids, self.allowed, s.temperature,
+                                       s.top_p, room)
+        return samples
 
     def prompts_at_a_time(self, share):
         """How many prompts are sampled together: the more, the less often the weights are read for one token a row. Their
@@ -740,7 +776,7 @@ class Trainer:
         """Metrics on held-out rows, prefixed eval_; none without eval_data. For online recipes these are pairs, with p = 1."""
         if not self.data.held_out:
             return {}
-        log = Log(self.ranks)
+        log = self.new_log()
         rows = self.data.held_out[self.ranks.rank::self.ranks.size]
         size = self.settings.micro_batch_size
         with gathered(*(net for net in (self.policy, self.reference) if net is not None)):
@@ -755,8 +791,8 @@ class Trainer:
     def saved(self):
         """What a checkpoint holds, as one flat dict of tensors: trained weights and optimizer state (the order of data and
         samples needs no state)."""
-        trained = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
-        tensors = {f"policy.{name}": weight for name, weight in trained.items()}
+        trained = self.trained()
+        tensors = dict(trained)
         for name, weight in trained.items():
             for key, value in self.optimizer.state[weight].items():
                 tensors[f"optimizer.{name}.{key}"] = value
@@ -929,8 +965,8 @@ def leave_with(parent):
 class Log:
     """Sums and counts of one step's metrics, per example, over micro-batches and ranks."""
 
-    def __init__(self, ranks):
-        self.ranks, self.sums, self.counts, self.totals = ranks, {}, {}, {}
+    def __init__(self, ranks, names):
+        self.ranks, self.names, self.sums, self.counts, self.totals = ranks, names, {}, {}, {}
 
     def add(self, name, values, weight=None):
         """Per-example values of any shape; their mean is over `weight`, by default their number."""
@@ -943,16 +979,16 @@ class Log:
         self.sums[name], self.counts[name] = number, 1
 
     def count(self, name, number):
-        """A total over the ranks, kept in `totals`."""
+        """A total over the ranks: `tokens`, behind means()."""
         self.totals[name] = self.totals.get(name, 0) + number
 
     def means(self):
-        """{name: mean over the global batch}; also makes `totals` global. A rank without examples knows no names, so they
-        come from METRICS."""
-        flat = self.ranks.sum([self.sums.get(name, 0.0) for name in METRICS] + [self.counts.get(name, 0) for name in METRICS] +
-                              [self.totals.get("tokens", 0)])
-        self.totals["tokens"] = flat[-1]
-        return {name: total / count for name, total, count in zip(METRICS, flat, flat[len(METRICS):]) if count}
+        """{name: mean over the global batch} so far; also `tokens`, of the global batch. A rank without examples has added no
+        names, so they are all known from the start."""
+        flat = self.ranks.sum([self.sums.get(name, 0.0) for name in self.names] +
+                              [self.counts.get(name, 0) for name in self.names] + [self.totals.get("tokens", 0)])
+        self.tokens = flat[-1]
+        return {name: total / count for name, total, count in zip(self.names, flat, flat[len(self.names):]) if count}
 
 
 METRICS = ("loss margin refined_margin accuracy augmented_accuracy kl p p_hat chosen_logp rejected_logp response_length "
@@ -968,15 +1004,15 @@ def rounded(value):
 
 def summary(metrics):
     """The few figures of a step that a person watches."""
-    shown = ("loss", "margin", "refined_margin", "accuracy", "augmented_accuracy", "p", "p_hat", "kl", "response_length",
-             "eval_loss", "eval_accuracy")
+    shown = ("reward", "loss", "margin", "refined_margin", "accuracy", "augmented_accuracy", "p", "p_hat", "kl", "response_length",
+             "eval_reward", "eval_loss", "eval_accuracy")
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
 
 
-def main(settings):
+def main(settings, trainer=Trainer):
     """Train on what was named, or run the toy world's whole path where no model was."""
-    for name in ("model", "reference", "judge", "out_dir"):
-        if getattr(settings, name) == "":
+    for name in ("model", "reference", "judge", "reward", "out_dir"):
+        if getattr(settings, name, None) == "":
             raise InputError(f"--{name}= is empty.")
     settings.check_used()
     if settings.dry_run:
@@ -986,12 +1022,12 @@ def main(settings):
         if settings.resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             settings.resume = settings.given["resume"] = "auto"        # torchrun --max-restarts: what the first try made is good
     if settings.model is None:         # an empty one is a mistake (an unset shell variable), not a wish for toys
-        for name in ("data", "prompts", "eval_data", "reference", "judge"):
-            if getattr(settings, name):
-                raise InputError(f"--{name} needs a model: --model=DIR. Without one, train.py runs on its own toy world.")
+        for name in ("data", "prompts", "eval_data", "reference", "judge", "reward"):
+            if getattr(settings, name, None):
+                raise InputError(f"--{name} needs a model: --model=DIR. Without one, the toy world is run.")
         import toy
         return toy.main(settings)
-    return Trainer(settings).run()
+    return trainer(settings).run()
 
 
 if __name__ == "__main__":

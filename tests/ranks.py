@@ -9,9 +9,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import rlhf  # noqa: E402
 import train  # noqa: E402
 
 if __name__ == "__main__":
     for settings in json.loads(sys.argv[1]):
-        train.Trainer(train.Settings(**settings)).run()
+        if settings["recipe"] in rlhf.RECIPES:
+            rlhf.TRAINERS[settings["recipe"]](rlhf.Settings(**settings)).run()
+        else:
+            train.Trainer(train.Settings(**settings)).run()
     dist.destroy_process_group()
