@@ -11,13 +11,13 @@ import shutil
 import struct
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import model
 from cli import InputError
@@ -308,12 +308,13 @@ def test_saving_holds_one_file_at_a_time(oracle, tmp_path, monkeypatch):
     and the tensor that did not fit."""
     net = model.load(oracle("llama")[1])
     monkeypatch.setattr(model, "SHARD_BYTES", 12_000)
-    alive, most = weakref.WeakValueDictionary(), []
+    given, most = [], []
 
     def weights():
         for name, weight in net.named_parameters():
-            alive[name] = copy = weight.detach().clone()
-            most.append(sum(tensor.nbytes for tensor in alive.values()))
+            copy = weight.detach().clone()
+            given.append((StorageWeakRef(copy.untyped_storage()), copy.nbytes))
+            most.append(sum(size for storage, size in given if not storage.expired()))
             yield name, copy
             del copy
     model.save_weights(net.config, weights(), tmp_path)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,32 +24,33 @@ ROOT = Path(__file__).parent.parent
 # name: (settings, on how many ranks). Every one of them runs on one rank too. Where the epoch of 13 rows is not cut short by
 # `steps`, its last batch has one row, so that one rank works and the others have none.
 RUNS = {
-    "dpo": (dict(recipe="dpo", steps=12), (2, 3)),
-    "dpo in float32": (dict(recipe="dpo", steps=10, dtype="float32"), (2,)),
-    "osp": (dict(recipe="osp", steps=10), (2,)),
-    "osp in float32": (dict(recipe="osp", steps=5, dtype="float32"), (2,)),
+    "dpo": (dict(recipe="dpo", steps=8), (2, 3)),
+    "dpo in float32": (dict(recipe="dpo", steps=6, dtype="float32"), (2,)),
+    "osp": (dict(recipe="osp", steps=8), (2,)),
+    "osp in float32": (dict(recipe="osp", steps=4, dtype="float32"), (2,)),
     "osp, an epoch": (dict(recipe="osp", eval_data=["{world}/few.jsonl"], eval_every=2), (2, 3)),
     "sr-dpo, an epoch": (dict(recipe="sr-dpo", model="{world}/neox", optimizer="adam", eval_data=["{world}/few.jsonl"]),
                          (2, 3)),
     "sr-dpo with a cache": (dict(recipe="sr-dpo", reference="{world}/other", reference_cache="{out}-cache",
-                                 eval_data=["{world}/pairs.jsonl"]), (2, 3)),
-    "one row a step": (dict(recipe="sr-ipo", batch_size=1, steps=3), (2, 3)),
+                                 eval_data=["{world}/pairs.jsonl"]), (3,)),
+    "one row a step": (dict(recipe="sr-ipo", batch_size=1, steps=3), (3,)),
     "sft": (dict(recipe="sft", model="{world}/narrow", optimizer="adamw", weight_decay=0.1), (2, 3)),
-    "judge": (dict(recipe="judge", model="{world}/neox-tied", steps=3), (2, 3)),
+    "judge": (dict(recipe="judge", model="{world}/neox-tied", steps=3), (2,)),
     "osp, tied": (dict(recipe="osp", model="{world}/narrow", batch_size=2, steps=3), (3,)),
     "lora": (dict(recipe="sr-dpo", lora_rank=4, optimizer="adam"), (2, 3)),
-    "lora, neox": (dict(recipe="dpo", model="{world}/neox", lora_rank=2, checkpoint_activations=True), (2, 3)),
-    "lora, online": (dict(recipe="osp", lora_rank=4, lr=1e-2, steps=3, checkpoint_activations=True), (2, 3)),
-    "lora with a cache": (dict(recipe="sr-dpo", lora_rank=4, reference="{world}/other", reference_cache="{out}-cache"), (2,)),
-    "recomputed": (dict(recipe="dpo", model="{world}/mistral", checkpoint_activations=True, steps=4), (2, 3)),
-    "replicas": (dict(recipe="dpo", replicas=2, steps=4), (2, 4)),
+    "lora, neox": (dict(recipe="dpo", model="{world}/neox", lora_rank=2, checkpoint_activations=True), (2,)),
+    "lora, online": (dict(recipe="osp", lora_rank=4, lr=1e-2, steps=3, checkpoint_activations=True), (3,)),
+    "recomputed": (dict(recipe="dpo", model="{world}/mistral", checkpoint_activations=True, steps=4), (2,)),
+    "replicas": (dict(recipe="dpo", replicas=2, steps=4), (4,)),
     "replicas, an epoch": (dict(recipe="osp", model="{world}/narrow", replicas=2), (2, 4)),
     "replicas, lora": (dict(recipe="sr-dpo", lora_rank=4, replicas=2, steps=3), (2,)),
 }
+LONG = dict(steps=8, save_every=2, lr_schedule="linear")
 RESUMED = {
-    "full": dict(recipe="osp", model="{world}/narrow", optimizer="adam"),
-    "lora": dict(recipe="sr-dpo", model="{world}/neox", lora_rank=4, optimizer="rmsprop", checkpoint_activations=True),
+    "full": dict(LONG, recipe="osp", model="{world}/narrow", optimizer="adam"),
+    "lora": dict(LONG, recipe="sr-dpo", model="{world}/neox", lora_rank=4, optimizer="rmsprop", checkpoint_activations=True),
 }
+BEFORE = {2: 1, 3: 2, 4: 2, 1: 3}              # ranks: on how many the run began that they resume
 MICRO = {1: 8, 2: 1, 3: 2, 4: 1}               # one global batch as ranks × accumulation
 WRONG = {                                      # what bad input must say; every rank sees it, and none waits for the others
     "shape": (dict(model="{world}/misshapen"), "has shape"),
@@ -94,9 +96,15 @@ def entry(world, out, ranks, changes, **more):
     return {"settings": {k: [put(x) for x in v] if isinstance(v, list) else put(v) for k, v in given.items()}, **more}
 
 
+def others(world, base, ranks, **more):
+    """The interrupted runs of another number of ranks, resumed."""
+    return [entry(world, base / f"other {name}-{ranks}", ranks, changes | more,
+                  **{"from": str(base / f"cut {name}-{BEFORE[ranks]}")}) for name, changes in RESUMED.items()]
+
+
 def plan(world, base, ranks):
     """The trainings of one number of ranks, in their order."""
-    place = lambda name, n=ranks: base / f"{name}-{n}"       # noqa: E731
+    place = lambda name: base / f"{name}-{ranks}"       # noqa: E731
     entries = []
     for name, (changes, sizes) in RUNS.items():
         if ranks == 1:
@@ -104,23 +112,20 @@ def plan(world, base, ranks):
         if ranks == 1 or ranks in sizes:
             entries.append(entry(world, place(name), ranks, changes))
     if ranks == 4:
-        return entries
-    if ranks > 1:            # the first rank samples all of its prompts at once, the others one by one
-        entries.append(entry(world, place("at a time"), ranks, dict(recipe="osp", steps=2), at_a_time=[9, 1, 1]))
-        entries.append(entry(world, place("kept"), ranks, dict(RUNS["recomputed"][0], checkpoint_activations=False)))
-        entries.append(entry(world, place("half"), ranks, dict(recipe="dpo", lora_rank=4, dtype="bfloat16", steps=3, lr=1e-4)))
-        for name, (changes, _) in WRONG.items():
-            entries.append(entry(world, place(f"wrong {name}"), ranks, dict(recipe="dpo", **changes)))
-    else:
-        entries.append(entry(world, place("half"), ranks, dict(recipe="dpo", lora_rank=4, dtype="bfloat16", steps=3, lr=1e-4)))
+        return entries + others(world, base, ranks, replicas=2)
     for name, changes in RESUMED.items():
-        changes = dict(changes, steps=8, save_every=2, lr_schedule="linear")
         entries.append(entry(world, place(f"whole {name}"), ranks, changes))
         entries.append(entry(world, place(f"cut {name}"), ranks, changes, stop=5))       # saved after step 4
         entries.append(entry(world, place(f"same {name}"), ranks, changes, **{"from": str(place(f"cut {name}"))}))
-        before = {2: 1, 3: 2}.get(ranks)
-        if before:
-            entries.append(entry(world, place(f"other {name}"), ranks, changes, **{"from": str(place(f"cut {name}", before))}))
+    if ranks > 1:            # one rank has to wait for three
+        entries += others(world, base, ranks)
+    entries.append(entry(world, place("half"), ranks, dict(recipe="dpo", lora_rank=4, dtype="bfloat16", steps=3, lr=1e-4)))
+    if ranks > 1:            # in "at a time" the first rank samples all of its prompts at once, the others one by one
+        entries.append(entry(world, place("at a time"), ranks, dict(recipe="osp", steps=2), at_a_time=[9, 1, 1]))
+        if ranks == 2:
+            entries.append(entry(world, place("kept"), ranks, dict(RUNS["recomputed"][0], checkpoint_activations=False)))
+        for name, (changes, _) in WRONG.items():
+            entries.append(entry(world, place(f"wrong {name}"), ranks, dict(recipe="dpo", **changes)))
     return entries
 
 
@@ -143,9 +148,7 @@ def done(world, tmp_path_factory):
     base = tmp_path_factory.mktemp("runs")
     for ranks in (1, 2, 3, 4):
         launch(plan(world, base, ranks), ranks, base / f"plan-{ranks}.json")
-    back = [entry(world, base / f"other {name}-1", 1, dict(changes, steps=8, save_every=2, lr_schedule="linear"),
-                  **{"from": str(base / f"cut {name}-3")}) for name, changes in RESUMED.items()]
-    launch(back, 1, None)
+    launch(others(world, base, 1), 1, None)
     return lambda name, ranks: base / f"{name}-{ranks}"
 
 
@@ -169,7 +172,9 @@ def last_checkpoint(out):
     reader = dcp.HuggingFaceStorageReader(str(folder))
     tensors = {name: torch.full(entry.size, torch.nan, dtype=entry.properties.dtype)
                for name, entry in reader.read_metadata().state_dict_metadata.items()}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():               # one process needs no process group, which dcp warns about
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return int(folder.name.removeprefix("step-")), tensors
 
 
@@ -221,7 +226,7 @@ def test_rollouts_of_the_ranks_are_those_of_one(ranks, done):
 def test_ranks_end_sampling_at_different_steps(done):
     """What the runs above went through: some rank is done with a batch while another still samples."""
     lengths = [[max(sizes) for sizes in report["lengths"]] for report in reports(done("osp", 2), 2)]
-    assert len(lengths[0]) == 10 and sum(a != b for a, b in zip(*lengths)) >= 3
+    assert len(lengths[0]) == 8 and sum(a != b for a, b in zip(*lengths)) >= 3
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -230,9 +235,9 @@ def test_ranks_may_sample_in_different_rounds(ranks, done):
     assert_close(metrics(done("at a time", ranks))[1], metrics(done("osp", 1))[1], 1e-10)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_recomputing_changes_no_bit(ranks, done):
-    assert_same_run(done("recomputed", ranks), done("kept", ranks), 0)
+def test_recomputing_changes_no_bit(done):
+    """With sharded weights and a sliding window."""
+    assert_same_run(done("recomputed", 2), done("kept", 2), 0)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -257,10 +262,10 @@ def test_resumed_on_as_many_ranks(name, ranks, done):
     assert_same_run(done(f"whole {name}", ranks), done(f"same {name}", ranks), 0)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 1])
+@pytest.mark.parametrize("ranks", BEFORE)
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_on_another_number_of_ranks(name, ranks, done):
-    """1 → 2, 2 → 3 and 3 → 1: four steps later all is as on one rank that was never interrupted."""
+    """1 → 2, 2 → 3, 2 → 2 × 2 replicas and 3 → 1: four steps later all is as on one rank that was never interrupted."""
     assert_same_run(done(f"whole {name}", 1), done(f"other {name}", ranks), 1e-10)
     assert json.loads((done(f"other {name}", ranks) / "config.json").read_text())["ranks"] == ranks
 
