@@ -1143,7 +1143,22 @@ def main(settings, trainer=Trainer):
     return trainer(settings).run()
 
 
-if __name__ == "__main__":
-    cli.run(main, Settings)
-    if dist.is_initialized():
+def leave(status):
+    """End this process. A rank does so at once: a thread of gloo may still hold the last tensor that it sent, and to let go of
+    it while Python shuts down aborts a run that went well ("terminate called without an active exception", status -6)."""
+    if not dist.is_initialized():
+        sys.exit(status)
+    if status == 0:                    # behind an error the others may be anywhere: nobody to say goodbye to
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    ended = 0
+    try:
+        cli.run(main, Settings)
+    except SystemExit as error:
+        ended = error.code
+    leave(ended)

@@ -442,9 +442,10 @@ def test_two_ranks_follow_one(world, tmp_path):
     runs = [dict(recipe="reward", steps=None, shift_samples=5, **held_out), dict(recipe="rlhf", steps=None, **held_out),
             dict(recipe="rlhf", steps=1, batch_size=3, micro_batch_size=1)]
     both = [[settings(world, tmp_path / f"{name}-{i}", **changes) for name in ("one", "two")] for i, changes in enumerate(runs)]
+    (tmp_path / "runs.json").write_text(json.dumps([{"settings": two} for _, two in both]))
     launched = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "tests/ranks.py"),
-         json.dumps([two for _, two in both])], capture_output=True, text=True, timeout=300,
+         str(tmp_path / "runs.json")], capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert launched.returncode == 0, launched.stderr[-3000:]
     for i, (one, two) in enumerate(both):

@@ -341,45 +341,6 @@ def test_accumulation_does_not_change_the_trajectory(recipe, world, tmp_path):
     assert_same_weights(tmp_path / "3", tmp_path / "4", 1e-10)
 
 
-def test_two_ranks_follow_one(world, tmp_path):
-    """20 steps of dpo and osp on two processes equal one process: 1e-10 in float64, 1e-4 in float32.
-
-    In the epoch of 13 rows the last batch has one row, so that the second rank has none. The sharp model keeps strengths
-    apart: where two are equal up to rounding, ranks may order them differently, and that is no error.
-    """
-    runs = [dict(recipe="dpo", steps=20), dict(recipe="osp", steps=20), dict(recipe="dpo", steps=20, dtype="float32"),
-            dict(recipe="osp", steps=20, dtype="float32"), dict(recipe="sr-dpo", steps=None), dict(recipe="osp", steps=None),
-            dict(recipe="judge"), dict(recipe="dpo", steps=2, eval_data=[str(world / "pairs.jsonl")]),
-            dict(recipe="sr-dpo", steps=None, micro_batch_size=2, reference=str(world / "model"), reference_cache="",
-                 eval_data=[str(world / "pairs.jsonl")])]
-    sharp = str(world / "sharp")
-    both = [[settings(world, tmp_path / f"{name}-{i}", model=sharp, **changes) for name in ("one", "two")]
-            for i, changes in enumerate(runs)]
-    for side in both[-1]:
-        side["reference_cache"] = f"{side['out_dir']}-cache"
-    launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "tests/ranks.py"),
-         json.dumps([two for _, two in both])], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    for one, two in both:
-        train.Trainer(train.Settings(**one)).run()
-        exact = one["dtype"] == "float64"
-        assert_same(metrics(one["out_dir"]), metrics(two["out_dir"]), 1e-7 if exact else 1e-4)
-        assert_same_weights(one["out_dir"], two["out_dir"], 1e-10 if exact else 1e-4)
-    # The ranks' rollouts together are those of one process.
-    rollouts = [sorted(line for file in Path(out["out_dir"]).glob("rollouts*.jsonl") for line in file.read_text().splitlines())
-                for out in both[1]]
-    assert len(rollouts[0]) == len(rollouts[1]) == 20 * 4 * 2
-    strip = lambda lines: [{k: v for k, v in json.loads(line).items() if k != "p"} for line in lines]      # noqa: E731
-    assert strip(rollouts[0]) == strip(rollouts[1])
-    # Of 26 cached rows in parts of 2, the first rank has computed 14, the second 12: together what one process computes.
-    (one,), (two,) = (list(Path(side["reference_cache"]).iterdir()) for side in both[-1])
-    assert one.name == two.name
-    for query, values in load_file(one).items():
-        assert values.shape == (26, 2) and (values < 0).all() and (values - load_file(two)[query]).abs().max() < 1e-10
-
-
 def test_ranks_work_on_disjoint_rows(world, tmp_path):
     """Each global batch is split without overlap, and an epoch holds every row once."""
     trainer = train.Trainer(train.Settings(**settings(world, tmp_path, recipe="dpo", steps=None, epochs=2)))
