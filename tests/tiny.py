@@ -174,8 +174,8 @@ def launch(arguments, ranks=1, script="train.py", options=(), **environment):
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
-    return subprocess.Popen([*start, str(ROOT / script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, start_new_session=True)
+    return subprocess.Popen([*start, str(ROOT / script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, start_new_session=True)
 
 
 def until(condition, seconds=60):
