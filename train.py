@@ -13,11 +13,14 @@ Everything random is a pure function of (seed, step, row), so a run can be split
 
 Letters: N pairs, S sequences, K samples a prompt.
 """
+import os
+
+STARTED_BY = os.getppid()          # before torch, whose import takes seconds: by then a torchrun that was killed is not it
+
 import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -282,7 +285,15 @@ class Ranks:
             device = f"cuda:{local}"
             torch.cuda.set_device(device)
         if size > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # torchrun keeps one store for all its tries: the second must not find the addresses of the first one's ranks.
+                # On several nodes it counts the tries on each for itself, so there is no name that all ranks would know.
+                store, *_ = next(dist.rendezvous("env://"))
+                store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+            else:
+                dist.init_process_group(backend)
         return cls(rank, size, device)
 
     def sum(self, values):
@@ -323,6 +334,21 @@ class Ranks:
                 failed = error
         value, failed = self.from_first((value, failed))
         if failed is not None:
+            raise failed
+        return value
+
+    def on_all(self, work):
+        """What work() returns on this rank; where it fails on one rank, all fail with that one's sentence."""
+        value = failed = None
+        try:
+            value = work()
+        except (OSError, InputError) as error:
+            failed = error
+        found = [failed]
+        if self.size > 1:
+            found = [None] * self.size
+            dist.all_gather_object(found, failed)
+        for failed in filter(None, found):
             raise failed
         return value
 
@@ -736,8 +762,7 @@ class Trainer:
                 line.update(min(start + self.ranks.size * size, n))
         for values in cache.values.values():
             self.ranks.add_up(values)
-        if self.ranks.rank == 0:
-            cache.write()
+        self.ranks.on_first(cache.write)
 
     def nothing(self):
         """A backward pass that adds zero, for a rank with fewer examples than the others: FSDP's collectives must match."""
@@ -868,10 +893,10 @@ class Trainer:
     def write_rollouts(self, step, share, samples, texts_of, labelled):
         """Rollouts as data rows, one file a rank, so that the run can be replayed offline."""
         name = f"rollouts.{self.ranks.rank}.jsonl" if self.ranks.rank else "rollouts.jsonl"
-        self.out.append(name, [{"prompt": query.row.prompt, "chosen": texts[i], "rejected": texts[j], "p": round(p, 6),
-                                "finished": [group[i].finished, group[j].finished], "step": step + 1}
-                               for (_, query), group, texts, chosen in zip(share, samples, texts_of, labelled)
-                               for i, j, p in chosen])
+        rows = [{"prompt": query.row.prompt, "chosen": texts[i], "rejected": texts[j], "p": round(p, 6),
+                 "finished": [group[i].finished, group[j].finished], "step": step + 1}
+                for (_, query), group, texts, chosen in zip(share, samples, texts_of, labelled) for i, j, p in chosen]
+        self.ranks.on_all(lambda: self.out.append(name, rows))
 
     def show_rollout(self, step, query, texts, strengths, labelled):
         self.say(f"\nstep {step + 1}: {data.context_text(query.row.prompt)!r}")
@@ -911,8 +936,10 @@ class Trainer:
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors
 
-    def room_for_saved(self):
-        """The same to be read into: an optimizer has its state only after a first step."""
+    def room_for_saved(self, state):
+        """The same to be read into: an optimizer has its state only after a first step that was not skipped."""
+        if state["skipped"] == state["step"]:
+            return self.saved()
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
             for weight in group["params"]:
@@ -955,8 +982,8 @@ class Trainer:
                 return self.train()
         except RuntimeError as error:
             if self.ranks.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                raise InputError(f"rank {self.ranks.rank} has lost another rank, which stopped or was killed; what was saved is "
-                                 f"kept.") from error
+                raise LostRank(f"rank {self.ranks.rank} has lost another rank, which stopped or was killed; what was saved is "
+                               f"kept.") from error
             raise
 
     def begin(self):
@@ -983,22 +1010,23 @@ class Trainer:
         line.resume_at(self.state["step"])
         metrics = checkpoint.last_record(self.out.path / "metrics.jsonl")       # of a run that was killed behind its last step
         on_disk = self.state["step"]
-        for step in range(self.state["step"], self.steps):
+        for step in range(on_disk - ("unmeasured" in self.state), self.steps):
             last = step + 1 == self.steps
             with contextlib.suppress(Dropped):
-                metrics = self.update(step)
-                self.state["step"] = step + 1
+                if "unmeasured" not in self.state:
+                    self.state |= {"unmeasured": self.update(step), "step": step + 1}
+                metrics = self.state["unmeasured"]
                 if last or s.eval_every and (step + 1) % s.eval_every == 0:
-                    metrics |= self.evaluate()
-            if self.state["step"] == step + 1:
+                    metrics |= self.evaluate()               # where this is given up, a resumed run begins with it
                 self.ranks.on_first(lambda: self.out.append("metrics.jsonl", [{k: rounded(v) for k, v in metrics.items()}]))
+                del self.state["unmeasured"]
                 line.update(step + 1, summary(metrics))
             number = self.ranks.largest(self.asked.number)        # ranks hear of it at different times: stop together
             if last or number or s.save_every and (step + 1) % s.save_every == 0:
                 if self.state["step"] > on_disk:
                     self.out.save(self.saved(), self.state)
                     on_disk = self.state["step"]
-            if number and self.state["step"] < self.steps:
+            if number and (self.state["step"] < self.steps or "unmeasured" in self.state):
                 self.optimizer.zero_grad(set_to_none=True)
                 self.say(f"\n{signal.Signals(number).name}: stopped after step {on_disk} of {self.steps}" + (
                     " and saved; the same command goes on from there." if on_disk else "; the same command starts again."))
@@ -1008,6 +1036,11 @@ class Trainer:
             self.say(f"{self.state['skipped']} of {self.steps} updates were skipped")
         self.say(f"{s.recipe}: written to {self.out.path / 'final'}")
         return metrics
+
+
+class LostRank(InputError):
+    """Not the user's mistake, but one sentence too; the ranks that are left say it at once."""
+    urgent = True
 
 
 class Dropped(Exception):
@@ -1131,7 +1164,7 @@ def main(settings, trainer=Trainer):
     if settings.dry_run:
         return dry_run(settings)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        leave_with(os.getppid())
+        leave_with(STARTED_BY)
         if settings.resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             settings.resume = settings.given["resume"] = "auto"        # torchrun --max-restarts: what the first try made is good
     if settings.model is None:         # an empty one is a mistake (an unset shell variable), not a wish for toys
@@ -1155,10 +1188,15 @@ def leave(status):
     os._exit(status)
 
 
-if __name__ == "__main__":
+def launch(main, settings):
+    """What stands in front of a script that torchrun starts: cli.run, and an end that a rank survives."""
     ended = 0
     try:
-        cli.run(main, Settings)
+        cli.run(main, settings)
     except SystemExit as error:
         ended = error.code
     leave(ended)
+
+
+if __name__ == "__main__":
+    launch(main, Settings)

@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -743,25 +742,6 @@ def test_rows_of_text_take_the_format_and_the_better_response(world, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Interruptions
 
-def launch(arguments, ranks=1):
-    """A real training process, in a session of its own; `ranks` > 1 through torchrun."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else \
-        [sys.executable]
-    return subprocess.Popen([*start, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-
-
-def until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
-def lines(path):
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
 def arguments_of(world, out, **changes):
     given = dict(recipe="dpo", model=world / "model", data=world / "pairs.jsonl", out_dir=out, batch_size=4, dtype="float64",
                  **changes)
@@ -773,11 +753,11 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(number, world
     """The step under way is finished, a checkpoint is written, the status is 128 + the signal; the resumed run ends with the
     metrics of one that nobody stopped."""
     steps = 400
-    running = launch(arguments_of(world, tmp_path / "cut", steps=steps))
-    until(lambda: lines(tmp_path / "cut" / "metrics.jsonl") >= 3)
+    running = tiny.launch(arguments_of(world, tmp_path / "cut", steps=steps))
+    tiny.until(lambda: tiny.lines(tmp_path / "cut" / "metrics.jsonl") >= 3)
     running.send_signal(number)
     said, _ = running.communicate(timeout=60)
-    done = lines(tmp_path / "cut" / "metrics.jsonl")
+    done = tiny.lines(tmp_path / "cut" / "metrics.jsonl")
     assert running.returncode == 128 + number and f"{number.name}: stopped after step {done} of {steps}" in said
     assert (tmp_path / "cut" / "checkpoint" / f"step-{done}" / "state.json").exists() and 3 <= done < steps
     assert not (tmp_path / "cut" / "final").exists()
@@ -790,9 +770,9 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(number, world
 
 def test_an_out_dir_has_one_writer(world, tmp_path):
     """The second run is refused in a sentence and changes nothing; when the first is gone the lock is too."""
-    running = launch(arguments_of(world, tmp_path / "out", steps=4000))
-    until(lambda: lines(tmp_path / "out" / "metrics.jsonl") >= 2)
-    second = launch(arguments_of(world, tmp_path / "out", steps=4000))
+    running = tiny.launch(arguments_of(world, tmp_path / "out", steps=4000))
+    tiny.until(lambda: tiny.lines(tmp_path / "out" / "metrics.jsonl") >= 2)
+    second = tiny.launch(arguments_of(world, tmp_path / "out", steps=4000))
     said, _ = second.communicate(timeout=60)
     assert second.returncode == 1 and f"error: another run is writing to --out_dir={tmp_path / 'out'}" in said
     assert running.poll() is None
@@ -800,8 +780,8 @@ def test_an_out_dir_has_one_writer(world, tmp_path):
     running.wait()
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[:-1]]
     assert steps == list(range(1, len(steps) + 1))
-    third = launch(arguments_of(world, tmp_path / "out", steps=4000))
-    until(lambda: third.poll() is not None or lines(tmp_path / "out" / "metrics.jsonl") in range(1, 4))
+    third = tiny.launch(arguments_of(world, tmp_path / "out", steps=4000))
+    tiny.until(lambda: third.poll() is not None or tiny.lines(tmp_path / "out" / "metrics.jsonl") in range(1, 4))
     assert third.poll() is None
     third.kill()
     third.wait()
@@ -809,9 +789,9 @@ def test_an_out_dir_has_one_writer(world, tmp_path):
 
 def test_workers_leave_with_their_torchrun(world, tmp_path):
     """SIGKILL of torchrun leaves its workers alive, and they would go on writing."""
-    running = launch(arguments_of(world, tmp_path / "out", steps=100_000), ranks=2)
+    running = tiny.launch(arguments_of(world, tmp_path / "out", steps=100_000), ranks=2)
     metrics = tmp_path / "out" / "metrics.jsonl"
-    until(lambda: lines(metrics) >= 2)
+    tiny.until(lambda: tiny.lines(metrics) >= 2)
     running.kill()
     running.wait()
     time.sleep(3)
