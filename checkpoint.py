@@ -172,6 +172,7 @@ class OutDir:
                 discard(self.path / name)
             for damaged in [path for path in self.checkpoints() if number(path) > step]:      # they would count as kept ones
                 discard(damaged)
+            self.drop_old()                          # a run killed just before it did that at its end saves no more
             for folder in (self.path, self.path / "checkpoint"):
                 for left in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -216,8 +217,7 @@ class OutDir:
             discard(place)                                    # only a damaged one can stand there
             os.replace(aside, place)
             sync(folder)
-            for old in self.checkpoints()[:-self.settings.keep]:
-                discard(old)
+            self.drop_old()
         try:
             self.ranks.on_first(lambda: start_folder(aside))
             with warnings.catch_warnings():               # one process needs no process group, which DCP warns about
@@ -230,6 +230,10 @@ class OutDir:
             if self.ranks.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
             raise InputError(f"the checkpoint {place} cannot be written: {reason(error)}; {self.kept()}") from None
+
+    def drop_old(self):
+        for old in self.checkpoints()[:-self.settings.keep]:
+            discard(old)
 
     def checkpoints(self):
         """Complete checkpoints, oldest first."""
