@@ -36,6 +36,7 @@ import data
 import model
 from cli import InputError
 
+FILE_BYTES = 1 << 28           # of a checkpoint's files: torch makes two copies of a file in memory before it writes it
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, dcp.api.CheckpointException)
 
 
@@ -196,8 +197,9 @@ class OutDir:
             self.ranks.on_first(lambda: start_folder(aside))
             with warnings.catch_warnings():               # one process needs no process group, which DCP warns about
                 warnings.simplefilter("ignore", UserWarning)
-                dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True),
-                         no_dist=self.ranks.size == 1)
+                writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True,
+                                                      fqn_to_index_mapping=in_files(tensors, self.ranks.size))
+                dcp.save(tensors, storage_writer=writer, no_dist=self.ranks.size == 1)
             self.ranks.on_first(put_in_place)
         except WRITE_ERRORS as error:
             if self.ranks.rank == 0:
@@ -277,6 +279,15 @@ class OutDir:
                 shutil.rmtree(aside, ignore_errors=True)
             raise InputError(f"{place} cannot be written: {reason(error)}; the last checkpoint is kept, and the same command "
                              f"goes on from there.") from None
+
+
+def in_files(tensors, ranks):
+    """{name: number of its file, from 1}: tensors in order, about FILE_BYTES in each of a rank's files."""
+    files, total = {}, 0
+    for name, tensor in tensors.items():
+        total += tensor.numel() * tensor.element_size() // ranks
+        files[name] = 1 + total // FILE_BYTES
+    return files
 
 
 def start_folder(path):

@@ -25,21 +25,41 @@ class InputError(ValueError):
 def read_json(path, absent=None):
     """The JSON object in a file, or `absent` where there is no file; InputError names the file and the line that is broken."""
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        with open(path, "rb") as file:
+            content = file.read()
+        value = json.loads(content.decode())
     except FileNotFoundError:
         if absent is not None:
             return absent
         raise InputError(f"{path} is missing.") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not valid JSON text.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}, line {content[:error.start].count(10) + 1}: not valid JSON (no UTF-8).") from None
+    except RecursionError:
+        raise InputError(f"{path} is not valid JSON text: it is nested too deeply.") from None
+    except ValueError:
+        raise InputError(f"{path} is not valid JSON text: a number in it has too many digits.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object.")
+    for key, inner in value.items():
+        if is_deep(inner):
+            raise InputError(f"{path}: {key!r:.60} is nested more than {DEEPEST} deep.")
     return value
+
+
+DEEPEST = 100       # far more than any file that is read here, far less than where Python gives up
+
+
+def is_deep(value):
+    """Whether a JSON value is nested so deeply that showing or writing it could fail where reading it did not."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [inner for outer in level if isinstance(outer, (dict, list))
+                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    return bool(level)
 
 
 def number(text):

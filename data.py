@@ -1,6 +1,7 @@
 """Text in, token ids out: the tokenizers (the only owner of BOS and EOS), preference-file readers, and packing."""
 import base64
 import codecs
+import contextlib
 import gzip
 import json
 import math
@@ -18,7 +19,7 @@ import sentencepiece
 import tiktoken
 import torch
 
-from cli import InputError, read_json
+from cli import InputError, is_deep, read_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers. Three kinds of file are read, and two libraries do the work:
@@ -45,6 +46,7 @@ LLAMA3_SPECIAL = ["begin_of_text", "end_of_text", "reserved_special_token_0", "r
 # tiktoken's regex gives up, as a Rust panic that no `except Exception` sees, in a run of about a million spaces. Longer
 # texts are cut here (so does Llama's own code), and only there can ids differ from the reference.
 LONGEST = 400_000  # characters
+PROBE = "".join(map(chr, range(0x250))) + "xxx  \n\n 1234 日本語"       # what a sound pattern cuts into words without a loss
 
 # sentencepiece shows every byte that is not UTF-8 as one U+FFFD; Python and tiktoken show a broken character as one.
 codecs.register_error("every byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
@@ -254,8 +256,10 @@ class SentencePiece(Tokenizer):
                     pieces[id] = model.decode([id]).encode()
                 elif not model.is_unused(id):
                     pieces[id] = text.replace("▁", " ").encode()
-        except (RuntimeError, ValueError):
-            raise InputError(f"{path}: neither a sentencepiece model nor tiktoken lines, or cut short.") from None
+        except (RuntimeError, ValueError) as error:
+            reason = broken_piece(content) or str(error).split(": ")[-1].splitlines()[0].rstrip(".")
+            raise InputError(f"{path}: neither a sentencepiece model nor tiktoken lines, or cut short: "
+                             f"{reason:.200}.") from None
         self.unk_id = model.unk_id()
         if not model.encode(" "):               # stories260K keeps one space of many, and none at the ends
             self.strips = math.inf
@@ -283,6 +287,48 @@ class SentencePiece(Tokenizer):
         return (self.alone if drops_space else self.behind).encode(text)
 
 
+def broken_piece(content):
+    """What is wrong with a tokenizer.model that sentencepiece refuses: its piece or byte; "" where the bytes do not tell.
+
+    The file is a protobuf message: fields of a tag (their number · 8 + the kind of their value) and a value. A value of
+    kind 2 has its length in front; each field 1 is a piece, a message with the text in field 1 and the type in field 3.
+    """
+    def number(at, stop):
+        """A number, seven bits a byte and the last byte below 128, and where it ends."""
+        end = next((end for end in range(at, min(at + 10, stop)) if content[end] < 128), None)
+        if end is None:
+            raise ValueError(at)
+        return sum((byte & 127) << 7 * i for i, byte in enumerate(content[at:end + 1])), end + 1
+
+    def fields(at, stop):
+        while at < stop:
+            start, (tag, at) = at, number(at, stop)
+            value, end = number(at, stop) if tag % 8 in (0, 2) else (None, at + {1: 8, 5: 4}.get(tag % 8, stop))
+            if tag % 8 == 2:
+                at, end = end, end + value
+            if end > stop or tag < 8:
+                raise ValueError(start)
+            yield tag // 8, (at, end) if tag % 8 == 2 else value
+            at = end
+
+    seen, count = set(), -1
+    try:
+        for field_number, value in fields(0, len(content)):
+            if not isinstance(value, tuple):
+                continue
+            inner = dict(fields(*value)) if field_number in (1, 2, 3, 5) else {}
+            if field_number == 1:
+                count += 1
+                text = content[slice(*inner[1])] if isinstance(inner.get(1), tuple) else b""
+                if (text in seen or not text or b"\0" in text or text != text.decode(errors="ignore").encode()
+                        or inner.get(3) == 6 and not re.fullmatch(rb"<0x[0-9A-F]{2}>", text)):
+                    return f"piece {count} is {text!r:.60}, which is there twice or cannot be one"
+                seen.add(text)
+    except ValueError as error:
+        return f"byte {error}" + (f", behind piece {count}" if count >= 0 else "")
+    return ""
+
+
 class BytePair(Tokenizer):
     """Byte-level BPE: a regex cuts out words, tiktoken merges their bytes, the pair with the lowest rank first."""
 
@@ -297,7 +343,9 @@ class BytePair(Tokenizer):
             self.encoding = tiktoken.Encoding(path.name, pat_str=words, mergeable_ranks=ranks, special_tokens={})
         except ValueError as error:
             raise InputError(f"{path}: pre_tokenizer has an unusable pattern, {words!r:.60} ({error}).") from None
-        self.order, self.nfc = order, nfc
+        self.path, self.words, self.order, self.nfc = path, words, order, nfc
+        if b"".join([pieces[id] for id in self.merge(PROBE)]) != PROBE.encode():
+            raise InputError(f"{path}: pre_tokenizer has a pattern that loses text, {words!r:.60}.")
         self.added = {text: id for text, id, _ in added}
         self.split_raw = splitter(text for text, _, normalized in added if not normalized)
         self.split_normalized = splitter(text for text, _, normalized in added if normalized)
@@ -316,8 +364,18 @@ class BytePair(Tokenizer):
                     ids.append(self.added[plain])
                     continue
                 for start in range(0, len(plain), LONGEST):
-                    ids += [self.order[rank] for rank in self.encoding.encode_ordinary(plain[start:start + LONGEST])]
+                    ids += self.merge(plain[start:start + LONGEST])
         return ids
+
+    def merge(self, text):
+        """The ids of a text without added tokens."""
+        try:
+            return [self.order[rank] for rank in self.encoding.encode_ordinary(text)]
+        except BaseException as error:     # tiktoken panics where a pattern matches no text at all or tries a million ways
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"{self.path}: pre_tokenizer has a pattern that does not cut {text[:20]!r} into words, "
+                             f"{self.words!r:.60}.") from None
 
     encode_after = encode       # a space is a byte like any other here: nothing is put in front of a text
 
@@ -342,8 +400,10 @@ def read_tiktoken(path, content):
         if not piece or piece in ranks:
             raise InputError(f"{path}, line {number}: the token {piece!r:.60} is empty or there twice.")
         ranks[piece] = rank
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise InputError(f"{path}: its {len(ranks)} lines do not have the ranks 0 to {len(ranks) - 1}, each once.")
+    for place, (piece, rank) in enumerate(sorted(ranks.items(), key=lambda item: item[1])):
+        if rank != place:
+            raise InputError(f"{path}: its {len(ranks)} lines do not have the ranks 0 to {len(ranks) - 1}, each once; "
+                             f"where {place} is next, {piece!r:.60} has the rank {rank!r:.20}.")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise InputError(f"{path}: has no line for the byte 0x{missing[0]:02x} ({len(missing)} of 256 are missing).")
@@ -369,24 +429,32 @@ def read_tokenizer_json(path):
     for key, kind in (("vocab", dict), ("merges", list)):
         if model.get("type", "BPE") == "BPE" and not isinstance(model.get(key), kind):
             raise InputError(f"{path}: model.{key} is missing, or is no {'list' if kind is list else 'object'}.")
+    return BytePair(path, **parse_tokenizer_json(path, root))
+
+
+@contextlib.contextmanager
+def reading(path, key):
+    """Whatever a value of another layout leads to in here becomes an InputError that names its key."""
     try:
-        return BytePair(path, **parse_tokenizer_json(path, root))
+        yield
+    except InputError:
+        raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: is not laid out as a tokenizer.json ({error!r:.80}).") from None
+        raise InputError(f"{path}: {key} is not laid out as in a tokenizer.json ({error!r:.80}).") from None
 
 
 def parse_tokenizer_json(path, root):
-    """The arguments of BytePair. Raises InputError, or whatever a file with another layout leads to."""
+    """The arguments of BytePair, or an InputError."""
     model = root["model"]
-    words = word_pattern(path, root)
+    with reading(path, "pre_tokenizer"):
+        words = word_pattern(path, root)
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise InputError(f"{path}: model.{key} {model[key]!r:.60} is not supported.")
     nfc = root.get("normalizer") is not None
-    if nfc and root["normalizer"]["type"] != "NFC":
-        raise InputError(f"{path}: normalizer {root['normalizer']['type']} is not supported, only NFC or none.")
+    with reading(path, "normalizer"):
+        if nfc and root["normalizer"]["type"] != "NFC":
+            raise InputError(f"{path}: normalizer {root['normalizer']['type']!r:.60} is not supported, only NFC or none.")
     for token, id in model["vocab"].items():
         if not is_id(id):
             raise InputError(f"{path}: model.vocab has {id!r:.20} for {token!r:.60}, which is not an id.")
@@ -395,8 +463,13 @@ def parse_tokenizer_json(path, root):
         raise InputError(f"{path}: model.vocab gives one id to two tokens.")
 
     special_ids, added = {}, []
-    for n, token in enumerate(root.get("added_tokens") or []):
-        text, id, normalized = token["content"], token["id"], token.get("normalized", False)
+    listed = root.get("added_tokens") or []
+    if not isinstance(listed, list):
+        raise InputError(f"{path}: added_tokens is no list.")
+    for n, token in enumerate(listed):
+        with reading(path, f"added_tokens[{n}]"):
+            text, id, normalized = token["content"], token["id"], token.get("normalized", False)
+            text.encode()
         if not is_id(id) or texts.setdefault(id, text) != text or model["vocab"].get(text, id) != id:
             raise InputError(f"{path}: added_tokens[{n}] {text!r:.40} cannot have the id {id!r:.20}.")
         if token.get("special"):
@@ -412,7 +485,8 @@ def parse_tokenizer_json(path, root):
             pieces[id] = bytes(BYTE_OF[char] for char in token)
         elif token not in special_ids and all(token != text for text, _, _ in added):
             raise InputError(f"{path}: model.vocab has {token!r:.60}, which is not in the alphabet of byte-level BPE.")
-    bos_id = template_bos(root, special_ids)
+    with reading(path, "post_processor"):
+        bos_id = template_bos(root, special_ids)
     eos_ids = [special_ids[name] for name in ("<|endoftext|>", "<|end_of_text|>") if name in special_ids]
     return dict(pieces=pieces, order=merge_order(path, model, pieces.keys() - special_ids.values()), words=words,
                 special_ids=special_ids, bos_id=bos_id, eos_id=(eos_ids or [None])[0], adds_bos=bos_id is not None,
@@ -426,8 +500,8 @@ def word_pattern(path, root):
     steps = step["pretokenizers"] if step["type"] == "Sequence" else [step]
     last = steps[-1]
     if kind != "BPE" or root["model"].get("byte_fallback") or last["type"] != "ByteLevel":
-        raise InputError(f"{path}: is not byte-level BPE (model {kind}, pre_tokenizer {last['type']}); if the model "
-                         "comes with a tokenizer.model (sentencepiece), add that to the folder.")
+        raise InputError(f"{path}: is not byte-level BPE (model {kind!r:.60}, pre_tokenizer {last['type']!r:.60}); if the "
+                         "model comes with a tokenizer.model (sentencepiece), add that to the folder.")
     use_regex = last.get("use_regex", True)
     if last.get("add_prefix_space") is False and len(steps) == 1 and use_regex:
         return GPT2_WORDS
@@ -453,8 +527,10 @@ def merge_order(path, model, plain_ids):
         raise InputError(f"{path}: model.vocab has no token for the byte 0x{missing[0]:02x} ({len(missing)} missing).")
     priority = {}
     for n, pair in enumerate(model["merges"]):
-        pair = tuple(pair.split(" ") if isinstance(pair, str) else pair)
-        if len(pair) != 2 or not all(part in vocab for part in (*pair, "".join(pair))):
+        with reading(path, f"model.merges[{n}]"):
+            pair = tuple(pair.split(" ") if isinstance(pair, str) else pair)
+            known = len(pair) == 2 and all(part in vocab for part in (*pair, "".join(pair)))
+        if not known:
             raise InputError(f"{path}: model.merges[{n}] {pair!r:.60} is not two tokens that make up a third.")
         priority[pair] = n
 
@@ -663,11 +739,15 @@ def json_records(path):
 
     InputError: the file cannot be read.
     """
+    number = 0
     try:
         with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
             lines = file                                       # bytes break at \n only, so U+2028 stays inside a line
             if path.lower().removesuffix(".gz").endswith(".json"):
-                raw = file.read()
+                parts = []
+                for number, part in enumerate(file, 1):        # by the line, so that an error can name one
+                    parts.append(part)
+                raw = b"".join(parts)
                 if raw.removeprefix(BOM).lstrip().startswith(b"["):
                     yield from enumerate(json_list(raw.removeprefix(BOM), path), 1)
                     return
@@ -681,7 +761,9 @@ def json_records(path):
                 if line.strip():
                     yield number, record
     except (OSError, EOFError, zlib.error) as error:             # EOFError: a gzip file that stops in the middle
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        if getattr(error, "strerror", None):
+            raise InputError(f"{path}: cannot be read: {error.strerror}.") from None
+        raise InputError(f"{path}: cannot be read from line {number + 1} on: {error}.") from None
 
 
 def json_list(raw, path):
@@ -689,12 +771,14 @@ def json_list(raw, path):
     text = raw.decode(errors="surrogateescape")                # bytes that are no UTF-8 spoil only their own entry
     try:
         records = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise InputError(f"{path}: not a JSON list: {error}.") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: not a JSON list: it is nested too deeply or has a number of too many digits.") from None
     broken = re.compile("[\udc80-\udcff]").search
     if not broken(text):
         return records
-    return [Unusable("broken UTF-8") if broken(json.dumps(record, ensure_ascii=False)) else record
+    return [Unusable("broken UTF-8") if is_deep(record) or broken(json.dumps(record, ensure_ascii=False)) else record
             for record in records]
 
 

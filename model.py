@@ -64,6 +64,7 @@ HARMLESS = set("""
 SCORERS = {"llama": "LlamaForSequenceClassification", "mistral": "MistralForSequenceClassification",
            "gpt_neox": "GPTNeoXForSequenceClassification"}
 DROPOUTS = {"attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
+LARGEST = 2 ** 28       # no size is larger, and the bytes of a matrix of two of them can still be counted in 64 bits
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Config:
 
 
 def is_positive(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e30       # fits float32 too
 
 
 def read_rope(raw, values, head_dim, where):
@@ -118,13 +119,14 @@ def read_rope(raw, values, head_dim, where):
     for key, inside in ((theta_name, "rope_theta"), (share_name, "partial_rotary_factor")):
         found = scaling.pop(inside, None)
         if found is not None and raw.get(key) is not None and raw[key] != found:
-            raise InputError(f"{where}: {key} is {raw[key]} and {name}.{inside} is {found}; keep one.")
+            raise InputError(f"{where}: {key} is {raw[key]!r:.60} and {name}.{inside} is {found!r:.60}; keep one.")
         if found is not None:
             theta, share = (found, share) if inside == "rope_theta" else (theta, found)
     if not is_positive(theta):
-        raise InputError(f"{where}: {theta_name} (or {name}.rope_theta) must be a positive number, not {theta!r}.")
+        raise InputError(f"{where}: {theta_name} (or {name}.rope_theta) must be a positive number, not {theta!r:.60}.")
     if share != 0 and not is_positive(share) or share > 1:
-        raise InputError(f"{where}: {share_name} (or {name}.partial_rotary_factor) must be between 0 and 1, not {share!r}.")
+        raise InputError(f"{where}: {share_name} (or {name}.partial_rotary_factor) must be between 0 and 1, not "
+                         f"{share!r:.60}.")
     if share != 1 and raw["model_type"] != "gpt_neox":
         raise InputError(f"{where}: partial_rotary_factor {share} is not implemented for {raw['model_type']}.")
     rotary_dims = int(head_dim * share)
@@ -136,13 +138,13 @@ def read_rope(raw, values, head_dim, where):
     needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                                                                "original_max_position_embeddings")}
     if str(kind) not in needed:
-        raise InputError(f"{where}: {name} of type {kind!r} is not implemented (linear and llama3 are).")
+        raise InputError(f"{where}: {name} of type {kind!r:.60} is not implemented (linear and llama3 are).")
     for key in needed[kind]:
         if not is_positive(scaling.get(key)):
             raise InputError(f"{where}: {name}.{key} must be a positive number.")
     unknown = [key for key, value in scaling.items() if key not in needed[kind] and value is not None]
     if unknown:
-        raise InputError(f"{where}: {name}.{unknown[0]} is not implemented for the type {kind!r}.")
+        raise InputError(f"{where}: {name} has {unknown[0]!r:.60}, which is not implemented for the type {kind!r}.")
     if kind == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"]:
         raise InputError(f"{where}: {name}.high_freq_factor must be larger than low_freq_factor.")
     return float(theta), rotary_dims, None if kind == "default" else {"rope_type": kind, **scaling}
@@ -152,7 +154,7 @@ def parse_config(raw, where="config"):
     """The Config of a config.json's object. Each field is implemented, known harmless, or refused by name (InputError)."""
     model_type = raw.get("model_type")
     if str(model_type) not in FIELDS:
-        raise InputError(f"{where}: model_type {model_type!r} is not implemented ({', '.join(FIELDS)} are).")
+        raise InputError(f"{where}: model_type {model_type!r:.60} is not implemented ({', '.join(FIELDS)} are).")
     fields = FIELDS[model_type]
     values = {key: default if raw.get(key) is None and key != "sliding_window" else raw.get(key, default)
               for key, default in fields.items()}
@@ -161,20 +163,21 @@ def parse_config(raw, where="config"):
     for key, value in raw.items():
         if key in DROPOUTS:
             if value:
-                print(f"note: {where}: {key} is {value}; Osprey applies no dropout.", file=sys.stderr)
+                print(f"note: {where}: {key} is {value!r:.60}; Osprey applies no dropout.", file=sys.stderr)
         elif key not in fields and key not in HARMLESS and value not in (None, False, repeated.get(key)):
-            raise InputError(f"{where}: the field {key} (here {str(value)[:60]}) is not implemented for {model_type}.")
+            raise InputError(f"{where}: the field {key!r:.60} (here {value!r:.60}) is not implemented for {model_type}.")
 
     def positive(key, kind=int):
         value = values[key]
         fits = isinstance(value, int) or kind is float and isinstance(value, float)
-        if not fits or isinstance(value, bool) or not 0 < value < 2 ** 40:
-            raise InputError(f"{where}: {key} must be a positive {'integer' if kind is int else 'number'}, not {value!r}.")
+        if not fits or isinstance(value, bool) or not 0 < value < LARGEST:
+            raise InputError(f"{where}: {key} must be a positive {'integer' if kind is int else 'number'} below {LARGEST:,}, "
+                             f"not {value!r:.60}.")
         return kind(value)
 
     def flag(key):
         if not isinstance(values.get(key, False), bool):
-            raise InputError(f"{where}: {key} must be true or false, not {values[key]!r}.")
+            raise InputError(f"{where}: {key} must be true or false, not {values[key]!r:.60}.")
         return values.get(key, False)
 
     width, heads = positive("hidden_size"), positive("num_attention_heads")
@@ -184,8 +187,10 @@ def parse_config(raw, where="config"):
     if values.get("head_dim") is None and width % heads:
         raise InputError(f"{where}: hidden_size {width} is no multiple of num_attention_heads {heads}.")
     head_dim = positive("head_dim") if values.get("head_dim") is not None else width // heads
+    if heads * head_dim >= LARGEST:
+        raise InputError(f"{where}: num_attention_heads {heads} of head_dim {head_dim} are wider than {LARGEST:,}.")
     if str(values["hidden_act"]) not in ACTIVATIONS:
-        raise InputError(f"{where}: hidden_act {values['hidden_act']!r} is not implemented ({', '.join(ACTIVATIONS)} are).")
+        raise InputError(f"{where}: hidden_act {values['hidden_act']!r:.60} is not implemented ({', '.join(ACTIVATIONS)} are).")
     theta, rotary_dims, scaling = read_rope(raw, values, head_dim, where)
     neox = model_type == "gpt_neox"
     scores = SCORERS[model_type] in str(raw.get("architectures"))
@@ -233,7 +238,8 @@ class Linear(nn.Linear):
     def forward(self, x):
         y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         if self.scale:
-            y = y + self.scale * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+            inside = F.linear(x, self.lora_a.to(x.dtype)).flatten(0, -2)
+            y.flatten(0, -2).addmm_(inside, self.lora_b.to(x.dtype).T, alpha=self.scale)       # in place: no copy of y
         return y
 
 
@@ -671,34 +677,40 @@ def read_header(path):
                          f"{size:,}.")
     try:
         header = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: the safetensors header is not valid JSON.") from None
+    except (ValueError, RecursionError) as error:
+        at = getattr(error, "start", getattr(error, "pos", None))        # of UnicodeDecodeError, of JSONDecodeError
+        place = path if at is None else f"{path}, near byte {8 + at}"
+        raise InputError(f"{place}: the safetensors header is not valid JSON.") from None
     if not isinstance(header, dict):
         raise InputError(f"{path}: the safetensors header is not an object.")
-    header.pop("__metadata__", None)
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise InputError(f"{path}: __metadata__ in the header is not an object of texts.")
     tensors, spans = {}, []
     for name, entry in header.items():
         try:
             dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
             numbers = [*shape, start, stop]
-            sound = all(type(n) is int and n >= 0 for n in numbers) and isinstance(dtype, str) and start <= stop
+            sound = (all(type(n) is int and 0 <= n < 2 ** 63 for n in numbers) and start <= stop
+                     and isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= 64)      # as torch
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            raise InputError(f"{path}: the header entry of {name!r} is broken.")
+            raise InputError(f"{path}: the header entry of {name!r:.200} is broken.")
         if stop > size - 8 - length:
-            raise InputError(f"{path} is truncated: {name!r} would end {stop - (size - 8 - length):,} bytes behind the file.")
+            raise InputError(f"{path} is truncated: {name!r:.200} would end {stop - (size - 8 - length):,} bytes behind the "
+                             f"file.")
         if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise InputError(f"{path}: {name!r} has shape {shape} in {dtype} but {stop - start:,} bytes.")
+            raise InputError(f"{path}: {name!r:.200} has shape {str(shape):.80} in {dtype} but {stop - start:,} bytes.")
         tensors[name] = (dtype, tuple(shape))
         spans.append((start, stop, name))
-    here = 0
+    here, name = 0, "the header"
     for start, stop, name in sorted(spans):
         if start != here:
-            raise InputError(f"{path}: the bytes of {name!r} overlap others or leave a gap.")
+            raise InputError(f"{path}: the bytes of {name!r:.200} overlap others or leave a gap.")
         here = stop
     if here != size - 8 - length:
-        raise InputError(f"{path}: {size - 8 - length - here:,} bytes behind the last tensor belong to none.")
+        raise InputError(f"{path}: {size - 8 - length - here:,} bytes behind the last tensor, {name!r:.200}, belong to none.")
     return tensors
 
 
@@ -713,17 +725,17 @@ def weight_files(folder):
         headers = {}
         for tensor, name in listed.items():
             if not isinstance(name, str) or name != os.path.basename(name) or "\\" in name or name in ("", ".", ".."):
-                raise InputError(f"{index}: {tensor!r} points to {name!r}, which is not a file of this folder.")
+                raise InputError(f"{index}: {tensor!r:.200} points to {name!r:.60}, which is not a file of this folder.")
             if name not in headers:
-                if not (folder / name).exists():
-                    raise InputError(f"{index} names the shard {name}, which the folder lacks.")
+                if not os.path.isfile(folder / name):             # unlike Path's own, False for a name that no file can have
+                    raise InputError(f"{index} names the shard {name!r:.60} for {tensor!r:.200}, which the folder lacks.")
                 headers[name] = read_header(folder / name)
             if tensor not in headers[name]:
-                raise InputError(f"{folder / name} lacks the tensor {tensor!r} that {index.name} expects there.")
+                raise InputError(f"{folder / name} lacks the tensor {tensor!r:.200} that {index.name} expects there.")
         for name, header in headers.items():
             extra = [tensor for tensor in header if listed.get(tensor) != name and not BUFFERS.fullmatch(tensor)]
             if extra:
-                raise InputError(f"{folder / name} holds {extra[0]!r}, which {index.name} does not list for this file.")
+                raise InputError(f"{folder / name} holds {extra[0]!r:.200}, which {index.name} does not list for this file.")
         return {tensor: (folder / name, *headers[name][tensor]) for tensor, name in listed.items()}
     if single.exists():
         return {tensor: (single, *entry) for tensor, entry in read_header(single).items()}
@@ -744,37 +756,60 @@ def open_weights(path):
         raise InputError(f"{path} is no sound safetensors file: {error}.") from None
 
 
-def read_weights(config, folder, expected, rows=lambda name: slice(None)):
-    """Yield (our name, tensor) for the parameters in `expected` {our name: shape}, one at a time, from a checked folder.
-    rows(name): the rows to read of its first dimension."""
+def match_weights(config, folder, expected):
+    """({name in the folder: our name} of the parameters in `expected` {our name: shape}, weight_files of the folder) from the
+    headers alone; InputError where a tensor is missing, misshapen, of another type, or nobody's."""
     files = weight_files(folder)
     ours = {file_name(config, name): name for name in expected}
     head = file_name(config, "head.weight")
     # Published Pythia files call the head embed_out, transformers 5 calls it lm_head.
     if config.is_neox and not config.scores and "lm_head.weight" in files:
         ours, head = {"lm_head.weight" if n == head else n: ours[n] for n in ours}, "lm_head.weight"
-    tied_copy = head if config.tied else None
     for name, (path, dtype, shape) in files.items():
         if name in ours:
             if shape != tuple(expected[ours[name]]):
-                raise InputError(f"{path}: {name!r} has shape {list(shape)}; config.json asks for {list(expected[ours[name]])}.")
+                raise InputError(f"{path}: {name!r} has shape {str(list(shape)):.80}; config.json asks for "
+                                 f"{list(expected[ours[name]])}.")
             if dtype not in DTYPES:
-                raise InputError(f"{path}: {name!r} is stored as {dtype}; float32, float16 and bfloat16 can be read.")
+                raise InputError(f"{path}: {name!r} is stored as {dtype!r:.20}; float32, float16 and bfloat16 can be read.")
         elif not BUFFERS.fullmatch(name) and name != head:          # a tied head's copy, or one that nobody asked for
-            raise InputError(f"{path}: unexpected tensor {name!r}; the architecture in config.json has none of this name.")
+            raise InputError(f"{path}: unexpected tensor {name!r:.200}; the architecture in config.json has none of this name.")
     missing = [name for name in ours if name not in files]
     if missing:
-        raise InputError(f"{folder}: the tensor {missing[0]!r} is missing" +
+        index = Path(folder) / "model.safetensors.index.json"
+        raise InputError(f"{index if index.exists() else index.with_name('model.safetensors')}: the tensor {missing[0]!r} that "
+                         f"config.json asks for is missing" +
                          (f" (and {len(missing) - 1} more)." if len(missing) > 1 else "."))
+    return ours, files
+
+
+def read_weights(config, folder, expected, rows=lambda name: slice(None)):
+    """Yield (our name, tensor) for the parameters in `expected` {our name: shape}, one at a time, from a checked folder.
+    rows(name): the rows to read of its first dimension."""
+    ours, files = match_weights(config, folder, expected)
     for path in dict.fromkeys(files[name][0] for name in ours):
         with open_weights(path) as file:
             for name in (n for n in ours if files[n][0] == path):
                 yield ours[name], file.get_slice(name)[rows(ours[name])]
-    if tied_copy in files:         # some files repeat the tied head; a different one would be ignored in silence
+    # Some files repeat the tied head; a different one would be ignored in silence.
+    copies = [name for name in ("lm_head.weight", "embed_out.weight") if config.tied and name in files and name not in ours]
+    for tied_copy in copies:
         embedding = file_name(config, "embed.weight")
         with open_weights(files[tied_copy][0]) as head, open_weights(files[embedding][0]) as embed:
             if not torch.equal(head.get_tensor(tied_copy), embed.get_tensor(embedding)):
                 raise InputError(f"{files[tied_copy][0]}: {tied_copy!r} differs from the embedding, but config.json ties them.")
+
+
+def blank(folder, dtype=torch.float32, scores=False):
+    """The network of a folder without its weights and without memory for them; see load for `scores`."""
+    config, held = read_config(folder), len(weight_files(folder))
+    if config.scores and not scores:
+        raise InputError(f"{folder} is a reward model ({SCORERS[config.model_type]}); a language model is needed here.")
+    if config.layers > held:         # a network of layers that nobody has would take minutes to make
+        raise InputError(f"{Path(folder) / 'config.json'}: num_hidden_layers is {config.layers:,}, but the folder holds "
+                         f"{held:,} tensors in all.")
+    with torch.device("meta"):
+        return Transformer(scoring(config) if scores else config).to(dtype)
 
 
 def load(folder, dtype=torch.float32, device="cpu", prepare=None, scores=False):
@@ -785,19 +820,15 @@ def load(folder, dtype=torch.float32, device="cpu", prepare=None, scores=False):
     scores: the head is to give one number a token; on a language model's body it is new, and all zero.
     Raises InputError for anything missing, unexpected, misshapen or not implemented; pickles are refused.
     """
-    config = read_config(folder)
-    if config.scores and not scores:
-        raise InputError(f"{folder} is a reward model ({SCORERS[config.model_type]}); a language model is needed here.")
-    new_head = scores and not config.scores
-    with torch.device("meta"):
-        net = Transformer(scoring(config) if new_head else config).to(dtype)
+    net, held = blank(folder, dtype, scores), read_config(folder)
     if prepare is not None:
         prepare(net)
     weights = {name: weight for name, weight in net.named_parameters() if "lora_" not in name}
+    new_head = scores and not held.scores
     read = {name: weight.shape for name, weight in weights.items() if not (new_head and name == "head.weight")}
-    tensors = read_weights(config, folder, read, lambda name: own_rows(weights[name]))
+    tensors = read_weights(held, folder, read, lambda name: own_rows(weights[name]))
     if new_head:
-        tensors = itertools.chain(tensors, [("head.weight", torch.zeros(1, config.width)[own_rows(net.head.weight)])])
+        tensors = itertools.chain(tensors, [("head.weight", torch.zeros(1, held.width)[own_rows(net.head.weight)])])
     return fill(net, ((name, tensor.to(device=device, dtype=dtype)) for name, tensor in tensors))
 
 

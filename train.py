@@ -35,6 +35,7 @@ import cli
 import data
 import judge
 import losses
+import memory
 import model
 import sample
 from cli import InputError
@@ -145,7 +146,7 @@ class Settings:
     checkpoint_activations: bool = False     # keep only each block's input for the gradient: less memory, a third more time
     replicas: int = 1                        # copies of the sharded weights: 2 on two nodes keeps the gathering inside a node
     dry_run: bool = False                    # only print the memory that each rank needs, from config and headers alone
-    device_memory: float | None = None       # GB a rank has, for dry_run; default: what this machine has
+    device_memory: float | None = None       # GiB a rank has, for dry_run (80: on a GPU); default: what this machine has
     sample_every: int = 0                    # online: steps between printing a prompt with its samples and strengths
     toy_family: str = "llama"                # architecture in the toy world: llama (sentencepiece) or neox (tiktoken)
 
@@ -446,7 +447,7 @@ class Trainer:
         self.recipe = s.recipes[s.recipe]
         self.ranks = Ranks.start(s.device)
         self.out = checkpoint.OutDir(s, self.ranks)
-        self.dtype = self.pick_dtype()
+        self.dtype = pick_dtype(s.dtype, self.ranks.device)
         self.masters = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.mesh = self.ranks.mesh(s.replicas) if self.ranks.size > 1 or s.replicas > 1 else None
 
@@ -479,12 +480,6 @@ class Trainer:
         self.optimizer = self.make_optimizer()
         self.state = {"step": 0, "skipped": 0, "in_a_row": 0}
         self.asked, self.step_seconds = Asked(), math.inf
-
-    def pick_dtype(self):
-        name = self.settings.dtype
-        if name == "auto":
-            name = "bfloat16" if self.ranks.device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
-        return getattr(torch, name)
 
     def load(self, folder, dtype, trained=False, scores=False):
         """A network, sharded over the ranks before it has memory: each rank reads only what it keeps. scores: see model.load."""
@@ -932,6 +927,32 @@ def asked_to_stop():
             signal.signal(number, handler)
 
 
+def pick_dtype(name, device):
+    """The torch type of a --dtype setting; auto is bfloat16 where CUDA has it fast."""
+    if name == "auto":
+        name = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, name)
+
+
+def dry_run(settings):
+    """Say what a rank needs of memory, with as many ranks as WORLD_SIZE or torchrun says; no process group, no weights."""
+    s, ranks, here = settings, int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if s.model is None:
+        raise InputError("--dry_run needs a model: --model=DIR.")
+    if ranks % s.replicas:
+        raise InputError(f"--replicas={s.replicas}: {ranks} ranks cannot be split into so many equal groups.")
+    device = sample.pick_device(s.device) if s.device != "auto" or s.device_memory is None else "cuda"
+    if s.device_memory is not None:
+        available = s.device_memory * 2 ** 30
+    elif device == "cuda":
+        available = torch.cuda.get_device_properties(0).total_memory
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / here
+    compute = torch.bfloat16 if s.dtype == "auto" and device == "cuda" else pick_dtype(s.dtype, device)
+    if int(os.environ.get("RANK", 0)) == 0:
+        memory.dry_run(s, RECIPES[s.recipe], compute, ranks, device, available)
+
+
 def leave_with(parent):
     """End this process when `parent`, the torchrun that started it, is gone: an orphan must not go on writing to out_dir."""
     def watch():
@@ -994,6 +1015,8 @@ def main(settings, trainer=Trainer):
         if getattr(settings, name, None) == "":
             raise InputError(f"--{name}= is empty.")
     settings.check_used()
+    if settings.dry_run:
+        return dry_run(settings)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         leave_with(os.getppid())
         if settings.resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):

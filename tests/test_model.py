@@ -603,6 +603,7 @@ def refused(folder, *words):
         model.load(folder)
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, f"{caught.value!s} does not say {missing}"
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 700
 
 
 BAD_CONFIGS = [
@@ -613,6 +614,8 @@ BAD_CONFIGS = [
     {"head_dim": 0}, {"head_dim": 7}, {"max_position_embeddings": "long"},
     {"rms_norm_eps": 0}, {"rms_norm_eps": "1e-5"}, {"rms_norm_eps": float("nan")}, {"rms_norm_eps": float("inf")},
     {"rope_theta": -1.0}, {"rope_theta": "10000"}, {"rope_theta": float("inf")}, {"rope_theta": True},
+    {"rope_theta": 10 ** 400}, {"rope_scaling": {"type": "linear", "factor": 10 ** 400}}, {"hidden_act": "x" * 10 ** 6},
+    {"num_attention_heads": 2 ** 20, "head_dim": 2 ** 20}, {"a\nb": 1}, {"use_cache": json.loads("[" * 300 + "]" * 300)},
     {"hidden_act": "quick_gelu"}, {"hidden_act": ["silu"]}, {"hidden_act": 1},
     {"attention_bias": 1}, {"mlp_bias": "false"}, {"tie_word_embeddings": "yes"},
     {"quantization_config": {"bits": 4}}, {"sliding_window": 9}, {"partial_rotary_factor": 0.5}, {"logit_scale": 0.1},
@@ -636,7 +639,7 @@ BAD_MISTRAL = [{"sliding_window": 0}, {"sliding_window": 4.5}, {"attention_bias"
 def test_bad_config(raw, change, tmp_path):
     """The config alone is refused: the folder holds no weights."""
     (tmp_path / "config.json").write_text(json.dumps({**raw, **change}))
-    refused(tmp_path, str(tmp_path / "config.json"), *list(change)[:1])
+    refused(tmp_path, str(tmp_path / "config.json"), *(repr(key)[1:-1] for key in list(change)[:1]))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"3", b"\xff\xfe{}", b'{"a": ' + b"9" * 5000 + b"}", b"[" * 10 ** 5],
@@ -645,6 +648,12 @@ def test_broken_config_file(content, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     refused(tmp_path, str(tmp_path / "config.json"))
+
+
+def test_layers_that_no_file_holds(tmp_path):
+    """They are refused before a network of them is made, which would take all memory."""
+    edit(save_small(tmp_path / "small"), tmp_path / "deep", lambda raw: raw.update(num_hidden_layers=10 ** 8))
+    refused(tmp_path / "deep", str(tmp_path / "deep" / "config.json"), "num_hidden_layers is 100,000,000")
 
 
 def test_no_folder(tmp_path):
@@ -767,6 +776,16 @@ def test_index_entries_stay_in_the_folder(target, tmp_path, monkeypatch):
     raw["weight_map"]["model.norm.weight"] = target
     index.write_text(json.dumps(raw))
     refused(index.parent, str(index), "model.norm.weight", "not a file of this folder")
+
+
+@pytest.mark.parametrize("target", ["x" * 5000, "a\nb", "\0"])
+def test_shards_under_a_name_that_no_file_has(target, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "SHARD_BYTES", 12_000)
+    index = save_small(tmp_path) / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    raw["weight_map"]["model.norm.weight"] = target
+    index.write_text(json.dumps(raw))
+    refused(tmp_path, str(index), "model.norm.weight", "which the folder lacks")
 
 
 @pytest.mark.parametrize("fault, words", [

@@ -538,14 +538,17 @@ BROKEN_JSON = {
         ignore_merges=True, vocab=root["model"]["vocab"] | {"xy": 999}),
     "model.dropout": lambda root: root["model"].update(dropout=0.1),
     "model.end_of_word_suffix": lambda root: root["model"].update(end_of_word_suffix="</w>"),
-    "normalizer NFKC": lambda root: root.update(normalizer={"type": "NFKC"}),
-    "is not byte-level BPE (model Unigram": lambda root: root.update(model={"type": "Unigram", "vocab": [["a", 0.0]]}),
+    "normalizer 'NFKC'": lambda root: root.update(normalizer={"type": "NFKC"}),
+    "is not byte-level BPE (model 'Unigram'": lambda root: root.update(model={"type": "Unigram", "vocab": [["a", 0.0]]}),
     "comes with a tokenizer.model": lambda root: root["model"].update(byte_fallback=True),
-    "pre_tokenizer Metaspace": lambda root: root.update(pre_tokenizer={"type": "Metaspace", "replacement": "▁"}),
+    "pre_tokenizer 'Metaspace'": lambda root: root.update(pre_tokenizer={"type": "Metaspace", "replacement": "▁"}),
     "pre_tokenizer None": lambda root: root.update(pre_tokenizer=None),
     "add_prefix_space": lambda root: root["pre_tokenizer"].update(add_prefix_space=True),
     "unusable pattern": lambda root: root.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
+        dict(root["pre_tokenizer"], use_regex=False)]}),
+    "that does not cut": lambda root: root.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "x*"}, "behavior": "Isolated", "invert": False},
         dict(root["pre_tokenizer"], use_regex=False)]}),
     "one isolated Split": lambda root: root.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Digits", "individual_digits": True}, root["pre_tokenizer"]]}),
@@ -580,6 +583,24 @@ def test_truncated_tokenizer_json(made, tmp_path):
         assert_refused(tmp_path, str(tmp_path / "tokenizer.json"), "not valid JSON")
     assert_refused(write(tmp_path, tokenizer__json=b"\xff\xfe{}"), "tokenizer.json", "not valid JSON")
     assert_refused(write(tmp_path, tokenizer__json=b"[1]"), "tokenizer.json", "does not hold a JSON object")
+
+
+def test_pattern_with_too_many_ways(tmp_path):
+    """tiktoken's regex gives up in a text on which a pattern can be tried in a million ways; the text is named."""
+    root = small_json([])
+    root["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "(x+x+)+(?!x)y"}, "behavior": "Isolated", "invert": False},
+        dict(root["pre_tokenizer"], use_regex=False)]}
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer__json=root))
+    assert tokenizer.decode(tokenizer.encode("axxxyb")) == "axxxyb"
+    with pytest.raises(InputError, match="tokenizer.json: pre_tokenizer has a pattern that does not cut 'xxx"):
+        tokenizer.encode("x" * 300)
+
+
+def test_broken_sentencepiece_names_the_place(made, tmp_path):
+    content = (made["sp"] / "tokenizer.model").read_bytes()
+    assert_refused(write(tmp_path, tokenizer__model=content[:1000]), "tokenizer.model", "byte ", ", behind piece ")
+    assert_refused(write(tmp_path, tokenizer__model=content + b"\x0a\x03\x0a\x01a"), "tokenizer.model", "piece ", " is b'a', ")
 
 
 def test_broken_sentencepiece(made, tmp_path):
