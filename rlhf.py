@@ -198,6 +198,8 @@ class Settings(train.Settings):
                 raise InputError(f"--{name}={getattr(self, name)}: must be in [0, 1].")
         if self.lora_rank:
             raise InputError(f"--lora_rank={self.lora_rank}: rlhf.py trains all weights; adapters are for train.py.")
+        if self.dry_run:
+            raise InputError("--dry_run counts the memory of train.py's recipes; it knows nothing of reward models and PPO.")
 
     def folders(self):
         return list(dict.fromkeys([*super().folders(), *filter(None, [self.reward])]))
@@ -404,13 +406,21 @@ class PPOTrainer(train.Trainer):
 
     def learn(self, step, groups, log):
         """ppo_epochs optimizer steps on the whole rollout; returns the mean norm of their gradients."""
-        norms, skipped = [], self.state["skipped"]
+        norms, self.failed = [], False
         for self.epoch in range(self.settings.ppo_epochs):
             norms.append(super().learn(step, groups, log))
-            if self.state["skipped"] > skipped:           # the others would only fail again
+            if self.failed:                               # the others would fail too
                 break
         self.epoch = 0
         return sum(norms) / len(norms)
+
+    def skip(self, step, why):
+        """A step counts as skipped when its first update is; behind that one only the rest of its updates is left out."""
+        self.failed = True
+        if self.epoch == 0:
+            super().skip(step, why)
+        else:
+            self.say(f"\nstep {step + 1}, update {self.epoch + 1}: {why}; the rest of the step is left out")
 
     def go_on(self):
         """Behind its first update a step can no longer be dropped as if it had not been."""

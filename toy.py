@@ -519,7 +519,8 @@ def main(settings):
         place = out / f"result-{settings.recipe}.txt"
         final = out / list(stages)[-1] / "final" / "model.safetensors"
         if not place.exists() or place.stat().st_mtime < final.stat().st_mtime:
-            like_others = {} if settings.recipe != "rlhf" else dict(temperature=0.7, top_p=0.9)       # PPO samples from all of π
+            # PPO trains on samples from all of π; the table samples as it does for the other recipes.
+            like_others = dict(temperature=0.7, top_p=0.9) if settings.recipe == "rlhf" else {}
             table = results(out, stages, dataclasses.replace(trainer.settings, **like_others))
             place.write_text(table + "\n", encoding="utf-8")
         print("\n" + place.read_text(encoding="utf-8") + f"\nall of it in {cli.duration(time.time() - started)}")
