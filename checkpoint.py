@@ -37,14 +37,16 @@ import model
 from cli import InputError
 
 FILE_BYTES = 1 << 28           # of a checkpoint's files: torch makes two copies of a file in memory before it writes it
-WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, dcp.api.CheckpointException)
+WRITE_ERRORS = (OSError, SafetensorError, dcp.api.CheckpointException)
 
 
 def reason(error):
     """Why a write failed, in a few words: torch wraps what the system said in several layers."""
     if isinstance(error, dcp.api.CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
+    said = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
+    found = re.search(r"I/O error: (.+) \(os error", said)            # as safetensors says it
+    return found[1] if found else said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,7 +58,7 @@ class OutDir:
     def __init__(self, settings, ranks):
         """Refuse an out_dir that is not a run's, or that holds what this run reads: it will be written to and partly
         cleared. `before` is the settings of the run it holds, or None."""
-        s, self.settings, self.ranks, self.path = settings, settings, ranks, Path(settings.out_dir)
+        s, self.settings, self.ranks, self.path, self.lock_file = settings, settings, ranks, Path(settings.out_dir), None
         out = self.path.resolve()
 
         def is_cleared(path):
@@ -73,28 +75,38 @@ class OutDir:
                 raise InputError(f"{file.name} lies in --out_dir={self.path}, which this run writes to; name another out_dir.")
         if any(place.exists() and not place.is_dir() for place in (self.path, *self.path.parents)):
             raise InputError(f"--out_dir={self.path} cannot be written: a file stands in the way.")
+        self.before = self.recorded()
+
+    def recorded(self):
+        """The settings of the run that out_dir holds, or None."""
         before = cli.read_json(self.path / "config.json", absent={})
         ours = ("config.json", "final", "adapter", "checkpoint", "metrics.jsonl", "rollouts.jsonl")
         if not isinstance(before.get("settings"), dict) and any((self.path / name).exists() for name in ours):
             raise InputError(f"--out_dir={self.path} holds files of another kind; name an empty or a new folder.")
-        self.before = before.get("settings")
+        return before.get("settings")
 
     @contextlib.contextmanager
     def locked(self):
-        """out_dir belongs to one run at a time; the first rank holds the lock, and the system frees it whatever happens."""
+        """out_dir belongs to one run at a time. The first rank takes the lock, then shares it with the others: it is free when
+        the last of them is gone, who may outlive the first for a while. The system frees it whatever happens."""
         with contextlib.ExitStack() as stack:
+            self.ranks.wait()                        # where this process made another run before: all ranks have left that
             self.ranks.on_first(lambda: self.lock(stack))
+            if self.ranks.size > 1:
+                self.ranks.on_first(lambda: self.lock(stack, shared=True))        # which the others can only do after it
+                self.ranks.on_all(lambda: self.lock(stack, shared=True))
             yield
 
-    def lock(self, stack):
+    def lock(self, stack, shared=False):
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(self.path / ".lock", "w"))
+            if self.lock_file is None or self.lock_file.closed:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock_file = stack.enter_context(open(self.path / ".lock", "w"))
         except OSError as error:
             raise InputError(f"--out_dir={self.path} cannot be written: {error.strerror}.") from None
         try:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.lock_file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"another run is writing to --out_dir={self.path}; wait for it, or name another.") from None
         except OSError:          # a file system without locks
@@ -114,9 +126,10 @@ class OutDir:
         """Where to go on: a checkpoint's state, read into `tensors`, {"step": 0, …} at the start, None behind the end.
 
         settings: the resolved ones; other settings or inputs than those of the run that out_dir holds are refused by name.
-        tensors(): {name: tensor} to read a checkpoint into, asked for only when there is one.
+        tensors(state): {name: tensor} to read a checkpoint into, asked for only when there is one.
         """
         s, state = self.settings, {"step": 0, "skipped": 0, "in_a_row": 0}
+        self.before = self.ranks.on_first(self.recorded)      # again: before the lock was ours, another run may have been here
         settings = json.loads(json.dumps(settings)) | {"inputs": self.ranks.on_first(self.inputs)}
         if self.before is not None and s.resume != "never":
             self.refuse_changes(settings)
@@ -125,13 +138,13 @@ class OutDir:
                 return None
             found = self.newest_sound()
             if found:
-                state = self.load(found, tensors())
+                state = self.load(found, tensors)
                 if state["step"] > steps:
                     raise InputError(f"{self.path} has come to step {state['step']} already, behind --steps={steps}; use another "
                                      f"--out_dir or --resume=never.")
                 self.say(f"going on from {found}")
         self.settings_record = settings
-        self.ranks.on_first(lambda: self.clear(state["step"]))
+        self.ranks.on_first(lambda: self.clear(state))
         return state
 
     def say(self, text):
@@ -150,18 +163,23 @@ class OutDir:
             raise InputError(f"{self.path} holds a run with other settings or data: {', '.join(changed)}; use another "
                              f"--out_dir, --resume=never to start over or --resume=force to go on all the same.")
 
-    def clear(self, step):
-        """Leave what was made up to `step`, write config.json, and remove what a killed run left half written."""
+    def clear(self, state):
+        """Leave what was made up to the state's step, write config.json, and remove what a killed run left half written."""
+        step = state["step"]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in ("final", "adapter") if step else ("final", "adapter", "checkpoint"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            for left in (*self.path.glob(".writing-*"), *(self.path / "checkpoint").glob(".writing-*")):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                discard(self.path / name)
+            for damaged in [path for path in self.checkpoints() if number(path) > step]:      # they would count as kept ones
+                discard(damaged)
+            for folder in (self.path, self.path / "checkpoint"):
+                for left in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
             record = {"settings": self.settings_record, "versions": versions(), "commit": commit(), "ranks": self.ranks.size}
             write_text(self.path / "config.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-            for path in (self.path / "metrics.jsonl", *self.path.glob("rollouts*.jsonl")):
+            for path in self.path.glob("rollouts*.jsonl"):
                 keep_records(path, step)
+            keep_records(self.path / "metrics.jsonl", step - ("unmeasured" in state))     # that step's line is still to come
         except OSError as error:
             raise InputError(f"--out_dir={self.path} cannot be written: {error.strerror}.") from None
 
@@ -171,8 +189,13 @@ class OutDir:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         except OSError as error:
-            raise InputError(f"{self.path / name} cannot be written: {error.strerror}; what was saved before is kept, and the "
-                             f"same command goes on from there.") from None
+            raise InputError(f"{self.path / name} cannot be written: {error.strerror}; {self.kept()}") from None
+
+    def kept(self):
+        """What is left to go on from, for the sentence of an error."""
+        kept = self.checkpoints()
+        return (f"{kept[-1].name} is kept, and the same command goes on from there." if kept else
+                "there is no checkpoint yet, and the same command starts again.")
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -182,17 +205,19 @@ class OutDir:
         aside, place = folder / f".writing-step-{state['step']}", folder / f"step-{state['step']}"
 
         def put_in_place():
+            for lines in (*self.path.glob("metrics.jsonl"), *self.path.glob("rollouts*.jsonl")):      # a resume counts on them
+                sync(lines)
             files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
             record = state | {"ranks": self.ranks.size, "settings": self.settings_record, "files": files}
             (aside / "state.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
             for file in aside.iterdir():
                 sync(file)
             sync(aside)
-            shutil.rmtree(place, ignore_errors=True)          # only a damaged one can stand there
+            discard(place)                                    # only a damaged one can stand there
             os.replace(aside, place)
             sync(folder)
             for old in self.checkpoints()[:-self.settings.keep]:
-                shutil.rmtree(old)
+                discard(old)
         try:
             self.ranks.on_first(lambda: start_folder(aside))
             with warnings.catch_warnings():               # one process needs no process group, which DCP warns about
@@ -204,15 +229,13 @@ class OutDir:
         except WRITE_ERRORS as error:
             if self.ranks.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
-            kept = [path.name for path in self.checkpoints()]
-            raise InputError(f"the checkpoint {place} cannot be written: {reason(error)}; " + (
-                f"{kept[-1]} is kept, and the same command goes on from there." if kept else "there was none before it.")) from None
+            raise InputError(f"the checkpoint {place} cannot be written: {reason(error)}; {self.kept()}") from None
 
     def checkpoints(self):
         """Complete checkpoints, oldest first."""
         found = [path for path in (self.path / "checkpoint").glob("step-*")
                  if re.fullmatch(r"step-\d+", path.name) and (path / "state.json").exists()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        return sorted(found, key=number)
 
     def newest_sound(self):
         """The newest checkpoint whose files are what its state.json lists, or None; damaged ones behind it are named.
@@ -235,7 +258,9 @@ class OutDir:
         return folder and Path(folder)
 
     def load(self, folder, tensors):
-        """Read a checkpoint into `tensors` in place, on any number of ranks; returns its state."""
+        """Read a checkpoint into tensors(state) in place, on any number of ranks; returns its state."""
+        state = read_state(folder)
+        tensors = tensors(state)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             try:
@@ -244,9 +269,9 @@ class OutDir:
                 if more:             # dcp reads what it is asked for and does not mind the rest
                     raise ValueError(f"it also holds {more[0]}")
                 dcp.load(tensors, storage_reader=reader, no_dist=self.ranks.size == 1)
-            except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError) as error:
+            except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
                 raise InputError(f"{folder} does not fit this model and optimizer ({reason(error)}); {remedy(folder)}.") from None
-        return read_state(folder)
+        return state
 
     def write_folder(self, name, write, weights):
         """out_dir/name, made aside by write(folder, weights) on the first rank, synced and renamed.
@@ -257,11 +282,11 @@ class OutDir:
 
         def put_in_place():
             for error in failed:
-                raise error
+                raise OSError(reason(error))          # one that all ranks can be told of
             for file in aside.iterdir():
                 sync(file)
             sync(aside)
-            shutil.rmtree(place, ignore_errors=True)
+            discard(place)
             os.replace(aside, place)
             sync(self.path)
         try:
@@ -277,8 +302,7 @@ class OutDir:
         except WRITE_ERRORS as error:
             if self.ranks.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
-            raise InputError(f"{place} cannot be written: {reason(error)}; the last checkpoint is kept, and the same command "
-                             f"goes on from there.") from None
+            raise InputError(f"{place} cannot be written: {reason(error)}; {self.kept()}") from None
 
 
 def in_files(tensors, ranks):
@@ -293,6 +317,20 @@ def in_files(tensors, ranks):
 def start_folder(path):
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
+
+
+def number(path):
+    """The N of a folder step-N."""
+    return int(path.name.removeprefix("step-"))
+
+
+def discard(path):
+    """Remove a folder, where there is one; its name first, so that none that is half removed ever counts."""
+    aside = path.with_name(f".removing-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.exists():
+        os.replace(path, aside)
+        shutil.rmtree(aside)
 
 
 def sync(path):
@@ -335,15 +373,16 @@ def read_state(folder):
 # Lines, digests, versions
 
 def records(path):
-    """[(line, its object)] of a jsonl file, up to the first line that a crash left torn or that is no step's."""
+    """[(line, its object)] of a jsonl file, up to the first line that a crash left torn or that is no step's. A line ends
+    with a newline and nothing else: a text may hold U+2028 or U+0085, and a last line without its newline is torn."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []:
         try:
             record = json.loads(line)
             record["step"]
         except (ValueError, KeyError, TypeError):
             break
-        found.append((line, record))
+        found.append((line + "\n", record))
     return found
 
 

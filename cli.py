@@ -20,6 +20,7 @@ import typing
 
 class InputError(ValueError):
     """Something the user gave us cannot be used. The message is one sentence that names the file, key or line."""
+    urgent = False           # whether each rank says it at once, though it may not be the first
 
 
 def read_json(path, absent=None):
@@ -170,7 +171,7 @@ def run(main, cls):
     try:
         return main(parse(cls, sys.argv[1:]))
     except InputError as error:
-        if int(os.environ.get("RANK", 0)):        # ranks mostly meet the same error: leave it to the first to say it
+        if int(os.environ.get("RANK", 0)) and not error.urgent:      # mostly all meet the same error: let the first say it
             time.sleep(2)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -820,7 +820,8 @@ def split_weight(spec):
 def read_data(specs, need, seed):
     """Rows of several files, each `file` or `file:weight` -> (list[Row], list[Report]).
 
-    Weight w repeats the file's rows floor(w) times and adds a seeded draw for the rest: 0.1 takes a tenth of them.
+    Weight w repeats the file's rows floor(w) times and adds a seeded draw for the rest: 0.1 takes a tenth of them. Draws are
+    nested: a smaller share is part of a larger one.
     """
     rows, reports = [], []
     for position, spec in enumerate(specs):
@@ -829,7 +830,8 @@ def read_data(specs, need, seed):
             raise InputError(f"{spec}: the weight of a data file is a number above 0 and not above 1000.")
         found, report = read_rows(path, need)
         drawn = max(round(weight % 1 * len(found)), int(weight < 1))
-        indices = sorted(random.Random(f"{seed} {position}").sample(range(len(found)), drawn))
+        order = random.Random(f"{seed} {position}").sample(range(len(found)), len(found))        # a tenth is part of a fifth
+        indices = sorted(order[:drawn])
         rows += found * int(weight) + [found[i] for i in indices]
         reports.append(report)
     return rows, reports

@@ -189,14 +189,47 @@ def ranked_pairs(strengths):
     return [(order[i], order[-1 - i]) for i in range(len(order) // 2)]
 
 
-PAIRINGS = {"ranked": ranked_pairs}
+def random_pairs(strengths, generator):
+    """Two by two as drawn: (K,) -> K // 2 pairs; a control for ranked pairing (paper 2, section 5.3)."""
+    order = [int(i) for i in generator.permutation(len(strengths))]
+    return [(order[2 * i], order[2 * i + 1]) for i in range(len(order) // 2)]
+
+
+def extreme_pair(strengths):
+    """The best with the worst: [(winner, loser)], as Self-Rewarding pairs its samples."""
+    return ranked_pairs(strengths)[:1]
+
+
+# strengths (K,), a numpy generator -> [(winner, loser)]
+PAIRINGS = {
+    "ranked": lambda strengths, generator: ranked_pairs(strengths),
+    "random": random_pairs,
+    "extremes": lambda strengths, generator: extreme_pair(strengths),
+    "best": lambda strengths, generator: [],              # RAFT trains on the best response alone
+}
+
+
+def rejection_sample(strengths, k, beta, generator):
+    """Statistical rejection sampling (RSO): k of M candidates, as if drawn from π* ∝ π_ref exp(r / β): indices, as accepted.
+
+    Rounds over those that are left: each is accepted with probability exp((r - r_max) / β), r_max the largest reward among
+    them when the round begins. β → ∞ accepts in the order drawn, β → 0 the best ones from the top. strengths: (M,), r.
+    """
+    left, accepted = list(range(len(strengths))), []
+    while left and len(accepted) < k:
+        best, round_of = max(float(strengths[i]) for i in left), list(left)
+        for i in round_of:
+            if len(accepted) < k and generator.random() < math.exp((float(strengths[i]) - best) / beta):
+                accepted.append(i)
+                left.remove(i)
+    return accepted
 
 
 @torch.no_grad()
-def label(net, questioner, contexts, responses, pairing="ranked"):
+def label(net, questioner, contexts, responses, pairing=lambda strengths, prompt: ranked_pairs(strengths)):
     """Algorithm 1's inner part for P prompts: rank K responses each, pair them, judge each pair directly.
 
-    contexts: P texts; responses: P lists of K texts -> (P lists of (winner, loser, p), P lists of K strengths,
+    contexts: P texts; responses: P lists of K texts; pairing(strengths (K,), number of the prompt) -> [(winner, loser)] -> (P lists of (winner, loser, p), P lists of K strengths,
     comparisons made, those of them cut, questions that are off: see Verdicts). At K = 7 that is 2·(7 + 3) = 20 judge sequences a prompt; the pairs' ones go on
     where those against the empty response have the same front, so context and first response are read once.
     """
@@ -209,7 +242,7 @@ def label(net, questioner, contexts, responses, pairing="ranked"):
         reading = Reading(net, keep=True)
         p = Verdicts.of([reading.answer([q for *_, blank in part for orders in blank for q in orders])], 0).p
         values = [split.tolist() for split in p.split([len(texts) for _, texts, _ in part])]
-        chosen = [PAIRINGS[pairing](some) for some in values]
+        chosen = [pairing(some, len(strengths) + i) for i, some in enumerate(values)]
         direct = [orders for (context, texts, _), pairs in zip(part, chosen)
                   for orders in asked(context, [(texts[i], texts[j]) for i, j in pairs])]
         p = iter(Verdicts.of([reading.answer([q for orders in direct for q in orders])] if direct else [], 0).p.tolist())

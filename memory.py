@@ -162,15 +162,15 @@ def peak(stays, phases, device):
 
 def job_of(s, recipe, compute, context, ranks):
     """The Job of train.Settings `s` with its recipe, as train.Dataset sets lengths."""
-    online = recipe.responses == "policy"
+    online = recipe.online
     room = context - (P_TOKENS if recipe.loss.startswith("sr-") else 0)
     length = s.max_length or min(512, room)
     prompt = s.max_prompt_length or length // 2
     response = (s.max_tokens or length - min(prompt, length // 2)) if online else length - min(prompt, length - 1)
     prompts = -(-s.batch_size // ranks)
     masters = torch.float64 if compute == torch.float64 else torch.float32
-    return Job(online, min(s.micro_batch_size, prompts), s.k // 2 * 2 if online else 1 if recipe.loss == "sft" else 2, prompts,
-               s.k, min(prompt, length - response), response, compute, masters, s.optimizer, s.checkpoint_activations)
+    return Job(online, min(s.micro_batch_size, prompts), recipe.pairs_a_prompt(s.k) * (1 if recipe.loss == "sft" else 2), prompts,
+               s.candidates or s.k or 1, min(prompt, length - response), response, compute, masters, s.optimizer, s.checkpoint_activations)
 
 
 def estimate(s, recipe, compute, ranks, device):
@@ -180,8 +180,8 @@ def estimate(s, recipe, compute, ranks, device):
 
     def other(folder):                  # the base under the adapters is the reference and the judge
         return None if s.lora_rank and folder == s.model else Shape.of(folder)
-    reference = other(s.reference or s.model) if recipe.loss != "sft" and not s.reference_cache else None
-    judge_shape = other(s.judge) if job.online and s.judge not in (None, s.model, s.reference) else None
+    reference = other(s.reference or s.model) if recipe.has_reference and not s.reference_cache else None
+    judge_shape = other(s.judge) if recipe.has_judge and s.judge not in (None, s.model, s.reference) else None
     return policy, job, *parts(policy, reference, judge_shape, job, ranks, s.replicas, device)
 
 

@@ -859,13 +859,13 @@ def fill(net, weights):
 
 @torch.no_grad()
 def cast(net, dtype):
-    """A network with the same weights in `dtype`, to sample from: else each of them would be cast again for every token.
-    The network itself where they are in `dtype` already."""
+    """A network with the same weights in `dtype`, adapters merged, to sample from: else all would be cast again for every
+    token. The network itself where they are in `dtype` already."""
     if net.embed.weight.dtype == dtype:
         return net
     with torch.device("meta"):
         copy = Transformer(net.config)
-    return fill(copy, [(name, weight.detach().to(dtype)) for name, weight in net.named_parameters()])
+    return fill(copy, [(name, weight.to(dtype)) for name, weight in merged(net)])
 
 
 def save(net, folder):

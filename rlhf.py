@@ -21,10 +21,8 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-import cli
 import data
 import losses
 import model
@@ -474,6 +472,4 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    train.launch(main, Settings)

@@ -383,13 +383,15 @@ def plan(settings):
     recipe = settings.recipes[settings.recipe]
     chain = {"base": dict(recipe="sft", model=str(world / "model"), data=files("texts")),
              "sft": dict(recipe="sft", model=final["base"], data=files("sft"), eval_data=files("eval_sft"))}
-    ranked = recipe.pairs in judge.PAIRINGS
-    if settings.recipe == "judge" or ranked:
+    if settings.recipe == "judge" or recipe.has_judge:
         # A fifth of the SFT rows among the instructions, so that the model does not unlearn to answer.
         chain["judge"] = dict(recipe="judge", model=final["sft"], eval_data=files("eval_pairs"),
                               data=files("pairs", "blanks") + [f"{world / 'sft.jsonl'}:0.2"])
-    if ranked:
-        chain[settings.recipe] = dict(recipe=settings.recipe, model=final["judge"], prompts=files("prompts"))
+    if recipe.pairs == "spin":
+        chain["spin"] = dict(recipe="spin", model=final["sft"], data=files("sft"))
+    elif recipe.has_judge:
+        chain[settings.recipe] = dict(recipe=settings.recipe, model=final["judge"],
+                                      **(dict(prompts=files("prompts")) if recipe.online else dict(data=files("pairs"))))
     elif recipe.pairs == "dataset" or settings.recipe == "rlhf":
         name = "reward" if settings.recipe == "rlhf" else settings.recipe
         chain[name] = dict(recipe=name, model=final["sft"], data=files("pairs"), eval_data=files("eval_pairs"))
@@ -400,16 +402,15 @@ def plan(settings):
         whole = {key: settings.given[key] for key in ("seed", "device", "dtype", "resume", "toy_family")
                  if key in settings.given}
         own = settings.given if name == list(chain)[-1] else whole
-        preset = STAGES.get(name, STAGES["osp" if ranked else "dpo"])
+        preset = STAGES.get(name, STAGES["osp" if recipe.online else "dpo"])
         # All pairs of a step at once: these models are so small that calls cost more than numbers.
         chain[name] = {"micro_batch_size": 64, **preset, **stage, **own, "out_dir": str(out / name)}
     return chain
 
 
 def command_line(stage):
-    script = "rlhf.py" if stage["recipe"] in rlhf.RECIPES else "train.py"
-    return f"{script} " + " ".join(f"--{key}={','.join(value) if isinstance(value, list) else value}"
-                                  for key, value in stage.items())
+    settings = [f"--{key}={','.join(value) if isinstance(value, list) else value}" for key, value in stage.items()]
+    return " ".join(["rlhf.py" if stage["recipe"] in rlhf.RECIPES else "train.py", *settings])
 
 
 def sample_all(net, tokenizer, prompts, settings, stream, k=2):

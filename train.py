@@ -13,11 +13,14 @@ Everything random is a pure function of (seed, step, row), so a run can be split
 
 Letters: N pairs, S sequences, K samples a prompt.
 """
+import os
+
+STARTED_BY = os.getppid()          # before torch, whose import takes seconds: by then a torchrun that was killed is not it
+
 import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -47,21 +50,34 @@ from data import REFINEMENT_PROMPT
 # What both papers state, as defaults. Paper 1 clips the gradient but does not say at what norm: 10 and a warm-up of 150
 # steps are the public DPO reference code's. Paper 2 names neither: 1.0 and 10 steps are ours.
 PAPER_1 = dict(optimizer="rmsprop", lr=5e-7, batch_size=64, warmup_steps=150, grad_clip=10.0, beta=0.1)
-PAPER_2 = dict(optimizer="adam", lr=2e-6, batch_size=16, warmup_steps=10, grad_clip=1.0, beta=0.02)
+PAPER_2 = dict(optimizer="adam", lr=2e-6, batch_size=16, warmup_steps=10, grad_clip=1.0, beta=0.02, k=7)
 SUPERVISED = dict(optimizer="adam", lr=1e-5, batch_size=64, warmup_steps=10, grad_clip=1.0)
 
 
 @dataclass(frozen=True)
 class Recipe:
     loss: str                      # a key of PAIR_LOSSES, or sft
-    responses: str                 # dataset, or policy (fresh samples)
-    pairs: str | None              # dataset, or a key of judge.PAIRINGS; None where the loss takes single responses
+    responses: str                 # dataset; or fresh samples: of the policy, of the reference, or rso (of both in between)
+    pairs: str | None              # dataset, a key of judge.PAIRINGS, or spin; None where the loss takes single responses
     labels: str | None             # hard (the winner is named), soft (the judge's strength p), None
     defaults: dict = field(default_factory=dict)
 
     @property
+    def online(self):
+        return self.responses != "dataset"
+
+    @property
     def has_reference(self):
-        return self.loss != "sft"
+        return self.loss != "sft" or self.responses in ("reference", "rso")
+
+    @property
+    def has_judge(self):
+        """Whether somebody says while it runs how much better a response is: of fresh ones, or (soft) of the data set's."""
+        return self.pairs in judge.PAIRINGS or self.labels == "soft"
+
+    def pairs_a_prompt(self, k):
+        """How many pairs, or single responses, k samples give."""
+        return {"ranked": k // 2, "random": k // 2, "spin": k}.get(self.pairs, 1) if self.online else 1
 
     def __post_init__(self):
         takes_p = self.loss in ("spce", "sr-spce")
@@ -71,19 +87,32 @@ class Recipe:
             raise InputError(f"labels: {self.loss} takes the judge's strength; change labels to soft, or loss to dpo.")
         if (self.loss == "sft") != (self.labels is None):
             raise InputError(f"labels: {self.labels} does not go with loss {self.loss}; sft takes none, all others need them.")
-        if (self.responses == "dataset") != (self.pairs in ("dataset", None)):
+        if self.online == (self.pairs in ("dataset", None)):
             raise InputError(f"pairs: {self.pairs} cannot be made of responses from {self.responses}; change pairs or responses.")
+        if (self.loss == "sft" and self.online) != (self.pairs == "best"):
+            raise InputError(f"pairs: {self.pairs} does not go with loss {self.loss} on fresh samples; sft takes the best one, all "
+                             f"others need pairs.")
 
 
 RECIPES = {
-    #                loss      responses   pairs      labels
-    "sft":    Recipe("sft",    "dataset",  None,      None,   SUPERVISED),
-    "judge":  Recipe("sft",    "dataset",  None,      None,   SUPERVISED),      # the responses are judge instructions
-    "dpo":    Recipe("dpo",    "dataset",  "dataset", "hard", PAPER_1),
-    "ipo":    Recipe("ipo",    "dataset",  "dataset", "hard", PAPER_1),
-    "sr-dpo": Recipe("sr-dpo", "dataset",  "dataset", "hard", PAPER_1),
-    "sr-ipo": Recipe("sr-ipo", "dataset",  "dataset", "hard", PAPER_1),
-    "osp":    Recipe("spce",   "policy",   "ranked",  "soft", PAPER_2),
+    #                        loss       responses    pairs       labels
+    "sft":            Recipe("sft",     "dataset",   None,       None,   SUPERVISED),
+    "judge":          Recipe("sft",     "dataset",   None,       None,   SUPERVISED),       # on judge instructions
+    "dpo":            Recipe("dpo",     "dataset",   "dataset",  "hard", PAPER_1),
+    "ipo":            Recipe("ipo",     "dataset",   "dataset",  "hard", PAPER_1),
+    "sr-dpo":         Recipe("sr-dpo",  "dataset",   "dataset",  "hard", PAPER_1),
+    "sr-ipo":         Recipe("sr-ipo",  "dataset",   "dataset",  "hard", PAPER_1),
+    "offline-soft":   Recipe("spce",    "dataset",   "dataset",  "soft", PAPER_2),          # the judge labels the data set
+    "osp":            Recipe("spce",    "policy",    "ranked",   "soft", PAPER_2),
+    "osp-dpo":        Recipe("dpo",     "policy",    "ranked",   "hard", PAPER_2 | dict(beta=0.1)),
+    "osp-ipo":        Recipe("ipo",     "policy",    "ranked",   "hard", PAPER_2 | dict(beta=0.1)),
+    "sr-spce":        Recipe("sr-spce", "policy",    "ranked",   "soft", PAPER_2),          # both papers joined; in neither
+    "random-pairs":   Recipe("spce",    "policy",    "random",   "soft", PAPER_2),
+    "self-rewarding": Recipe("dpo",     "policy",    "extremes", "hard", PAPER_2 | dict(beta=0.1)),
+    "raft":           Recipe("sft",     "policy",    "best",     None,   PAPER_2 | dict(beta=None)),
+    "spin":           Recipe("dpo",     "reference", "spin",     "hard", PAPER_2 | dict(beta=0.1, k=1, iterations=3)),
+    "sft-sampling":   Recipe("spce",    "reference", "ranked",   "soft", PAPER_2),
+    "rso":            Recipe("spce",    "rso",       "ranked",   "soft", PAPER_2),
 }
 
 # loss name -> (margin, delta, p, settings) -> (N,); all in losses.py
@@ -93,6 +122,7 @@ PAIR_LOSSES = {
     "sr-dpo":  lambda h, delta, p, s: losses.sr_dpo(h, delta, s.beta, s.lam),
     "sr-ipo":  lambda h, delta, p, s: losses.sr_ipo(h, delta, s.beta, s.lam, s.delta_scale),
     "spce":    lambda h, delta, p, s: losses.spce(h, p, s.beta),
+    "sr-spce": lambda h, delta, p, s: losses.sr_spce(h, delta, p, s.beta, s.lam),
 }
 
 
@@ -102,12 +132,13 @@ PAIR_LOSSES = {
 @dataclass
 class Settings:
     """Align a language model. Values left out are the recipe's (the papers'); without --model it runs on the toy world."""
-    recipe: str = "osp"                      # sft, judge, dpo, ipo, sr-dpo, sr-ipo, osp
+    recipe: str = "osp"                      # a row of RECIPES: sft, judge, dpo, ipo, sr-dpo, sr-ipo, osp, …
     model: str | None = None                 # folder of the model to train: config.json, safetensors, tokenizer
     reference: str | None = None             # folder of the frozen reference; default: model
     judge: str | None = None                 # folder of the judge of online recipes; default: model (the same copy in memory)
     data: list[str] | None = None            # training files, comma-separated; file:0.1 takes a tenth of it, file:3 thrice
     prompts: list[str] | None = None         # prompt files of online recipes; default: the prompts in data
+    data_fraction: float = 1.0               # share of data to train on; shares of one seed are nested
     eval_data: list[str] | None = None       # held-out files of the same form
     eval_every: int = 0                      # steps between evaluations; 0: only at the end
     out_dir: str = "out"                     # gets config.json, metrics.jsonl, checkpoint/, final/
@@ -126,7 +157,10 @@ class Settings:
     lam: float = 0.3                         # weight of the refinement Δπ; paper 1: 0.1, 0.3, 0.5 or 1
     refinement_prompt: str = REFINEMENT_PROMPT           # p, put before the query by sr-*
     delta_scale: str = "printed"             # sr-ipo: printed (λΔπ, paper 1 eq. 15) or exact (λΔπ/β)
-    k: int = 7                               # responses a prompt; papers: 7 (9 at 2 % of the data, 21 with 200 prompts)
+    k: int | None = None                     # responses a prompt; papers: 7 (9 at 2 % of the data, 21 with 200 prompts)
+    candidates: int | None = None            # rso: samples a prompt of which k are accepted; default: 4 k
+    rso_beta: float = 0.1                    # rso: towards 0 only the best are accepted, towards ∞ whatever comes
+    iterations: int | None = None            # spin: how often policy and reference start as equals, evenly over the steps
     temperature: float = 0.7                 # of sampling (paper 2)
     top_p: float = 0.9                       # of sampling (paper 2)
     max_tokens: int | None = None            # tokens of a sampled response; default: what max_length leaves
@@ -170,18 +204,26 @@ class Settings:
                 raise InputError(f"--{name}={getattr(self, name)}: choose one of {', '.join(allowed)}.")
         at_least = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "keep": 1, "max_tokens": 1, "max_length": 3,
                     "max_prompt_length": 1, "eval_every": 0, "save_every": 0, "sample_every": 0, "warmup_steps": 0,
-                    "seed": 0, "k": 1, "lam": 0, "weight_decay": 0, "grad_clip": 0, "lora_rank": 0, "replicas": 1}
+                    "seed": 0, "k": 1, "iterations": 1, "candidates": 1, "lam": 0, "weight_decay": 0, "grad_clip": 0, "lora_rank": 0, "replicas": 1}
         for name, least in at_least.items():
             if getattr(self, name) is not None and not least <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name}={getattr(self, name)}: must be at least {least}.")
-        for name in ("lr", "beta", "epochs", "temperature", "lora_alpha", "device_memory"):
+        for name in ("lr", "beta", "epochs", "temperature", "lora_alpha", "device_memory", "rso_beta", "data_fraction"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"--{name}={getattr(self, name)}: must be larger than 0" +
                                  (" (greedy samples would all be one)." if name == "temperature" else "."))
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top_p={self.top_p}: must be in (0, 1].")
-        if self.k < 2 and self.recipes[self.recipe].pairs in judge.PAIRINGS:
+        if self.k is not None and self.k < 2 and self.recipes[self.recipe].pairs in judge.PAIRINGS:
             raise InputError(f"--k={self.k}: pairs need at least 2 responses a prompt.")
+        if self.recipes[self.recipe].responses == "rso":
+            self.candidates = self.candidates or 4 * self.k
+            if self.candidates < self.k:
+                raise InputError(f"--candidates={self.candidates}: fewer than the --k={self.k} that are to be accepted.")
+        if self.lora_rank and (self.iterations or 1) > 1:
+            raise InputError(f"--iterations={self.iterations}: the reference under adapters cannot move; use 1, or no --lora_rank.")
+        if self.data_fraction > 1:
+            raise InputError(f"--data_fraction={self.data_fraction}: a share, at most 1.")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InputError(f"--betas={','.join(map(str, self.betas))}: two numbers in [0, 1).")
 
@@ -196,7 +238,7 @@ class Settings:
     def users(self):
         """[(names of settings, whether this run reads them, what they need)]; settings without an entry are always read."""
         recipe = self.recipes[self.recipe]
-        online = recipe.responses == "policy"
+        online = recipe.online
         return [("weight_decay", self.optimizer == "adamw", "--optimizer=adamw"),
                  ("betas", self.optimizer != "rmsprop", "--optimizer=adam or adamw"),
                  ("beta reference", recipe.has_reference, "a recipe that compares responses"),
@@ -205,9 +247,14 @@ class Settings:
                  ("delta_scale", recipe.loss == "sr-ipo", "--recipe=sr-ipo"),
                  ("lora_alpha", self.lora_rank > 0, "--lora_rank"),
                  ("device_memory", self.dry_run, "--dry_run"),
-                 ("k temperature top_p max_tokens prompts judge sample_every", online, "an online recipe"),
-                 ("judge_task", online or self.recipe == "judge", "a recipe with a judge"),
+                 ("k temperature top_p max_tokens prompts", online, "an online recipe"),
+                 ("sample_every", online and recipe.has_judge, "an online recipe with a judge"),
+                 ("judge", recipe.has_judge, "a recipe with a judge"),
+                 ("judge_task", recipe.has_judge or self.recipe == "judge", "a recipe with a judge"),
+                 ("candidates rso_beta", recipe.responses == "rso", "--recipe=rso"),
+                 ("iterations", recipe.pairs == "spin", "--recipe=spin"),
                  ("data", not (online and self.prompts), "to stand alone: an online recipe reads --prompts"),
+                 ("data_fraction", self.data is not None or self.model is None, "--data"),
                  ("eval_every", bool(self.eval_data) or self.model is None, "--eval_data")]
 
     def check_used(self):
@@ -238,7 +285,15 @@ class Ranks:
             device = f"cuda:{local}"
             torch.cuda.set_device(device)
         if size > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # torchrun keeps one store for all its tries: the second must not find the addresses of the first one's ranks.
+                # On several nodes it counts the tries on each for itself, so there is no name that all ranks would know.
+                store, *_ = next(dist.rendezvous("env://"))
+                store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+            else:
+                dist.init_process_group(backend)
         return cls(rank, size, device)
 
     def sum(self, values):
@@ -279,6 +334,21 @@ class Ranks:
                 failed = error
         value, failed = self.from_first((value, failed))
         if failed is not None:
+            raise failed
+        return value
+
+    def on_all(self, work):
+        """What work() returns on this rank; where it fails on one rank, all fail with that one's sentence."""
+        value = failed = None
+        try:
+            value = work()
+        except (OSError, InputError) as error:
+            failed = error
+        found = [failed]
+        if self.size > 1:
+            found = [None] * self.size
+            dist.all_gather_object(found, failed)
+        for failed in filter(None, found):
             raise failed
         return value
 
@@ -350,7 +420,7 @@ class Dataset:
 
     def __init__(self, settings, tokenizer, context, judge_context, say):
         s, recipe = settings, settings.recipes[settings.recipe]
-        self.online = recipe.responses == "policy"
+        self.online = recipe.online
         self.hard, self.seed = recipe.labels == "hard", s.seed
         chat = data.check_chat(tokenizer, s.chat)
         refined = s.refinement_prompt if recipe.loss.startswith("sr-") else None
@@ -376,20 +446,23 @@ class Dataset:
         self.questioner = judge.Questioner(tokenizer, s.judge_task, judge_context)
         self.recipe, self.tokenizer = s.recipe, tokenizer
         if self.online:
-            files, need = s.prompts or s.data, "prompts"
+            files, need = s.prompts or s.data, "responses" if recipe.pairs == "spin" else "prompts"
         else:
             files, need = s.data, {"sft": "responses", "judge": "judge"}.get(s.recipe, "pairs")
         if not files:
             raise InputError(f"--data: name the file to train {s.recipe} on." if not self.online else
                              f"--prompts: name the file with the prompts of {s.recipe}.")
-        self.need = need
-        self.rows = self.read(files, need, say)
+        self.rows = self.read(files, need, say, s.data_fraction, supervised=not self.online)
         self.held_out = None
         if s.eval_data:
-            self.held_out = self.read(s.eval_data, "pairs" if self.online and recipe.pairs else need, say)
+            if self.online and recipe.pairs:
+                need = "responses" if recipe.loss == "sft" else "pairs"
+            self.held_out = self.read(s.eval_data, need, say)
 
-    def read(self, files, need, say):
-        rows, reports = data.read_data(files, need, self.seed)
+    def read(self, files, need, say, fraction=1.0, supervised=True):
+        """The rows of some files: Pairs, or Sequences where single responses are to be `supervised`."""
+        parts = [data.split_weight(file) for file in files] if fraction < 1 else []
+        rows, reports = data.read_data([f"{path}:{weight * fraction}" for path, weight in parts] or files, need, self.seed)
         for report in reports:
             say(report)
         instructions = []
@@ -407,9 +480,9 @@ class Dataset:
         pairs, report = data.encode_dataset(self.tokenizer, rows, **self.limits, max_tokens=self.max_tokens)
         if report.skipped or report.cut:
             say(report)
-        if need in ("responses", "judge"):
+        if need in ("responses", "judge") and supervised:
             return instructions + [Sequence(pair.x + pair.chosen, len(pair.x)) for pair in pairs]
-        if self.hard:           # where a row has a p (a replayed rollout), that names the winner
+        if self.hard and need == "pairs":           # where a row has a p (a replayed rollout), that names the winner
             undecided = sum(pair.p == 0.5 for pair in pairs)
             if undecided:
                 say(f"{undecided} of {len(pairs)} pairs have p = ½ and no winner: left out")
@@ -456,7 +529,7 @@ class Trainer:
         self.policy.compute_dtype = self.dtype
         self.tokenizer = sample.matching_tokenizer(s.model, self.policy.config)
         context = self.policy.config.context
-        judged = self.recipe.pairs in judge.PAIRINGS
+        judged = self.recipe.has_judge
         judge_context = model.read_config(s.judge or s.model).context if judged else context
         self.data = Dataset(s, self.tokenizer, context, judge_context, self.say)
         # The reference is read in the compute type: at step 0 it computes what the policy computes, bit for bit.
@@ -478,6 +551,7 @@ class Trainer:
         warmup = self.recipe.defaults["warmup_steps"]
         self.warmup = s.warmup_steps if s.warmup_steps is not None else min(warmup, self.steps // 10)
         self.optimizer = self.make_optimizer()
+        self.samples = s.candidates or s.k
         self.state = {"step": 0, "skipped": 0, "in_a_row": 0}
         self.asked, self.step_seconds = Asked(), math.inf
 
@@ -549,12 +623,16 @@ class Trainer:
         started = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_at(step)
+        if step in self.new_iterations():
+            self.reference_from_policy()
         share = self.share(step)
         log = self.new_log()
         if self.data.online:
             examples = self.rollout(step, share, log)
         else:
             examples = [row for _, row in share]
+            if self.recipe.labels == "soft":
+                self.ask_judge(examples)
         update_started = time.perf_counter()
         norm = self.learn(step, examples, log)
         log.value("update_seconds", time.perf_counter() - update_started)
@@ -565,7 +643,7 @@ class Trainer:
 
     def micro_batches(self, examples):
         """This rank's examples in the parts that it trains on one after the other."""
-        size = self.settings.micro_batch_size * (self.settings.k // 2 if self.data.online else 1)      # prompts → pairs
+        size = self.settings.micro_batch_size * self.recipe.pairs_a_prompt(self.settings.k)      # prompts → pairs
         return [examples[i:i + size] for i in range(0, len(examples), size)]
 
     def learn(self, step, examples, log):
@@ -642,7 +720,7 @@ class Trainer:
             p = torch.tensor([1.0 if pair.p is None else pair.p for pair in pairs], device=margin.device, dtype=margin.dtype)
             log.add("p", p)
             log.add("p_hat", losses.strength_hat(margin, s.beta))
-        if self.data.online and torch.is_grad_enabled():      # over the fresh samples in a pair; an odd K's median is in none
+        if self.recipe.responses == "policy" and torch.is_grad_enabled():      # over the fresh samples in a pair; an odd K's median is in none
             log.add("kl", torch.cat(policy) - torch.cat(reference))
         values = PAIR_LOSSES[self.recipe.loss](margin, delta, p, s)
         for name, value in (("loss", values), ("margin", margin), ("accuracy", losses.correct(margin)),
@@ -684,8 +762,7 @@ class Trainer:
                 line.update(min(start + self.ranks.size * size, n))
         for values in cache.values.values():
             self.ranks.add_up(values)
-        if self.ranks.rank == 0:
-            cache.write()
+        self.ranks.on_first(cache.write)
 
     def nothing(self):
         """A backward pass that adds zero, for a rank with fewer examples than the others: FSDP's collectives must match."""
@@ -699,38 +776,97 @@ class Trainer:
     # -- fresh responses -----------------------------------------------------------------------------------------------
 
     def rollout(self, step, share, log):
-        """K responses to each of this rank's prompts, ranked, paired and judged: a list of Pairs (paper 2, algorithm 1)."""
-        s, pairs = self.settings, []
-        with gathered(self.policy, self.judge):
+        """Fresh responses to this rank's prompts as examples: Pairs or (RAFT) Sequences. For osp: K responses, ranked, paired
+        and judged (paper 2, algorithm 1)."""
+        s, recipe = self.settings, self.recipe
+        on_policy = recipe.responses == "policy"
+        sampler = self.policy if on_policy else self.reference          # which under adapters are the same network
+        with gathered(sampler, *filter(None, [self.judge])):
             started = time.perf_counter()
-            samples = self.respond(self.policy, step, share)
+            with model.without_adapters(None if on_policy else sampler):
+                samples = self.respond(sampler, step, share)
             log.value("sample_seconds", time.perf_counter() - started)
             self.go_on()
             started = time.perf_counter()
             texts = [[sample.response_text(self.tokenizer, one) for one in group] for group in samples]
             contexts = [data.context_text(pair.row.prompt) for _, pair in share]
-            with model.without_adapters(self.judge):
-                labelled, strengths, asked, cut, off = judge.label(self.judge, self.data.questioner, contexts, texts,
-                                                                   self.recipe.pairs)
-            log.value("judge_seconds", time.perf_counter() - started)
-        for (_, query), group, chosen in zip(share, samples, labelled):
-            pairs += [data.Pair(query.x, query.px, group[i].ids, group[j].ids, p, query.row, False) for i, j, p in chosen]
-        alike = [pair.chosen == pair.rejected for pair in pairs]
-        pairs = [pair for pair, same in zip(pairs, alike) if not same]        # two times the same response teaches nothing
+            if recipe.has_judge:
+                drawn = [self.pairing(step, place) for place, _ in share]
+                with model.without_adapters(self.judge):
+                    labelled, strengths, asked, cut, off = judge.label(
+                        self.judge, self.data.questioner, contexts, texts, lambda some, prompt: drawn[prompt](some))
+                log.add("judge_cut", torch.tensor([float(cut)]), weight=asked)
+                log.add("judge_off", torch.tensor([float(off)]), weight=2 * asked)
+                log.value("judge_seconds", time.perf_counter() - started)
+        if recipe.pairs == "best":
+            best = [max(range(len(some)), key=some.__getitem__) for some in strengths]
+            examples = [Sequence(query.x + group[i].ids, len(query.x)) for (_, query), group, i in zip(share, samples, best)]
+        elif recipe.pairs == "spin":       # the data set's response wins over the opponent's
+            examples = [data.Pair(query.x, query.px, query.chosen, one.ids, 1.0, query.row, False)
+                        for (_, query), group in zip(share, samples) for one in group]
+        else:
+            examples = [data.Pair(query.x, query.px, group[i].ids, group[j].ids, p, query.row, False)
+                        for (_, query), group, chosen in zip(share, samples, labelled) for i, j, p in chosen]
+            self.write_rollouts(step, share, samples, texts, labelled)
+        if recipe.pairs != "best":
+            examples = self.worth_learning(examples, log)
         log.add("response_length", torch.tensor([float(len(one.ids)) for group in samples for one in group]))
         log.add("finished", torch.tensor([float(one.finished) for group in samples for one in group]))
         log.add("empty", torch.tensor([float(not text.strip()) for group in texts for text in group]))
-        log.add("identical", torch.tensor([float(same) for same in alike]))
-        log.add("judge_cut", torch.tensor([float(cut)]), weight=asked)
-        log.add("judge_off", torch.tensor([float(off)]), weight=2 * asked)
         log.add("prompt_cut", torch.tensor([float(query.cut) for _, query in share]))
-        self.write_rollouts(step, share, samples, texts, labelled)
         if s.sample_every and step % s.sample_every == 0 and share:
             self.show_rollout(step, share[0][1], texts[0], strengths[0], labelled[0])
+        return examples
+
+    def pairing(self, step, place):
+        """How the samples of the prompt at a place of a step are paired: strengths -> [(winner, loser)]; what is drawn is a
+        pure function of (seed, step, place)."""
+        s, pairs = self.settings, judge.PAIRINGS[self.recipe.pairs]
+
+        def choose(strengths):
+            generator = np.random.default_rng([s.seed, 4, step, place])
+            if self.recipe.responses != "rso":
+                return pairs(strengths, generator)
+            accepted = judge.rejection_sample(strengths, s.k, s.rso_beta, generator)
+            return [(accepted[i], accepted[j]) for i, j in pairs([strengths[i] for i in accepted], generator)]
+        return choose
+
+    def worth_learning(self, pairs, log):
+        """The pairs that teach something, with hard labels made of p where the recipe has them: the judge's direct verdict names
+        the winner, and p = ½ names none. Two times the same response teaches nothing."""
+        alike = [pair.chosen == pair.rejected for pair in pairs]
+        log.add("identical", torch.tensor([float(same) for same in alike]))
+        pairs = [pair for pair, same in zip(pairs, alike) if not same]
+        if self.recipe.labels == "hard":
+            log.add("undecided", torch.tensor([float(pair.p == 0.5) for pair in pairs]))
+            pairs = [dataclasses.replace(pair, p=1.0) if pair.p > 0.5 else
+                     dataclasses.replace(pair, p=1.0, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs if pair.p != 0.5]
         return pairs
 
+    @torch.no_grad()
+    def ask_judge(self, pairs):
+        """Soft labels for rows of a data set that bring none: the judge is frozen, so each row is asked about once."""
+        new = [pair for pair in pairs if pair.p is None]
+        with gathered(self.judge), model.without_adapters(self.judge):
+            verdicts = judge.compare(self.judge, self.data.questioner, [(data.context_text(pair.row.prompt), pair.row.chosen,
+                                                                        pair.row.rejected) for pair in new])
+        for pair, p in zip(new, verdicts.p.tolist()):
+            pair.p = p
+
+    def new_iterations(self):
+        """The steps at which SPIN's next iteration begins."""
+        n = self.settings.iterations or 1
+        return [-(-self.steps * i // n) for i in range(1, n)]
+
+    @torch.no_grad()
+    def reference_from_policy(self):
+        """π_t, the opponent and the reference of SPIN's iteration t, is the policy at its start."""
+        for ours, theirs in zip(self.reference.parameters(), self.policy.parameters()):
+            ours, theirs = (part.to_local() if hasattr(part, "to_local") else part for part in (ours, theirs))
+            ours.copy_(theirs)
+
     def respond(self, net, step, share):
-        """A gathered network's K responses to each of this rank's prompts [(place, row)]: lists of K sample.Sample, a pure
+        """A gathered network's K responses (for rso: its candidates) to each of this rank's prompts [(place, row)]: lists of K sample.Sample, a pure
         function of (seed, step, place)."""
         s, samples = self.settings, []
         net = model.cast(net, self.dtype)
@@ -740,7 +876,7 @@ class Trainer:
             chunk = share[i:i + size]
             if not chunk:
                 continue
-            table = torch.stack([sample.uniforms(s.seed, step, place, s.k, self.data.max_tokens) for place, _ in chunk])
+            table = torch.stack([sample.uniforms(s.seed, step, place, self.samples, self.data.max_tokens) for place, _ in chunk])
             room = [min(self.data.max_tokens, self.data.max_length - len(row.x)) for _, row in chunk]
             samples += sample.generate(net, [row.x for _, row in chunk], table, self.stop_ids, self.allowed, s.temperature,
                                        s.top_p, room)
@@ -751,16 +887,16 @@ class Trainer:
         cache may take as much memory as the weights, or 1 GiB where those are small."""
         config, size = self.policy.config, self.dtype.itemsize
         weights = size * sum(weight.numel() for weight in self.policy.parameters())
-        tokens = max((len(row.x) for _, row in share), default=0) + self.settings.k * self.data.max_tokens
+        tokens = max((len(row.x) for _, row in share), default=0) + self.samples * self.data.max_tokens
         return max(max(weights, 1 << 30) // (tokens * 2 * config.layers * config.kv_heads * config.head_dim * size), 1)
 
     def write_rollouts(self, step, share, samples, texts_of, labelled):
         """Rollouts as data rows, one file a rank, so that the run can be replayed offline."""
         name = f"rollouts.{self.ranks.rank}.jsonl" if self.ranks.rank else "rollouts.jsonl"
-        self.out.append(name, [{"prompt": query.row.prompt, "chosen": texts[i], "rejected": texts[j], "p": round(p, 6),
-                                "finished": [group[i].finished, group[j].finished], "step": step + 1}
-                               for (_, query), group, texts, chosen in zip(share, samples, texts_of, labelled)
-                               for i, j, p in chosen])
+        rows = [{"prompt": query.row.prompt, "chosen": texts[i], "rejected": texts[j], "p": round(p, 6),
+                 "finished": [group[i].finished, group[j].finished], "step": step + 1}
+                for (_, query), group, texts, chosen in zip(share, samples, texts_of, labelled) for i, j, p in chosen]
+        self.ranks.on_all(lambda: self.out.append(name, rows))
 
     def show_rollout(self, step, query, texts, strengths, labelled):
         self.say(f"\nstep {step + 1}: {data.context_text(query.row.prompt)!r}")
@@ -793,13 +929,17 @@ class Trainer:
         samples needs no state)."""
         trained = self.trained()
         tensors = dict(trained)
+        if self.new_iterations():             # then the reference is no folder's any more
+            tensors |= {f"reference.{name}": weight for name, weight in self.reference.named_parameters()}
         for name, weight in trained.items():
             for key, value in self.optimizer.state[weight].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors
 
-    def room_for_saved(self):
-        """The same to be read into: an optimizer has its state only after a first step."""
+    def room_for_saved(self, state):
+        """The same to be read into: an optimizer has its state only after a first step that was not skipped."""
+        if state["skipped"] == state["step"]:
+            return self.saved()
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
             for weight in group["params"]:
@@ -842,8 +982,8 @@ class Trainer:
                 return self.train()
         except RuntimeError as error:
             if self.ranks.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                raise InputError(f"rank {self.ranks.rank} has lost another rank, which stopped or was killed; what was saved is "
-                                 f"kept.") from error
+                raise LostRank(f"rank {self.ranks.rank} has lost another rank, which stopped or was killed; what was saved is "
+                               f"kept.") from error
             raise
 
     def begin(self):
@@ -870,22 +1010,23 @@ class Trainer:
         line.resume_at(self.state["step"])
         metrics = checkpoint.last_record(self.out.path / "metrics.jsonl")       # of a run that was killed behind its last step
         on_disk = self.state["step"]
-        for step in range(self.state["step"], self.steps):
+        for step in range(on_disk - ("unmeasured" in self.state), self.steps):
             last = step + 1 == self.steps
             with contextlib.suppress(Dropped):
-                metrics = self.update(step)
-                self.state["step"] = step + 1
+                if "unmeasured" not in self.state:
+                    self.state |= {"unmeasured": self.update(step), "step": step + 1}
+                metrics = self.state["unmeasured"]
                 if last or s.eval_every and (step + 1) % s.eval_every == 0:
-                    metrics |= self.evaluate()
-            if self.state["step"] == step + 1:
+                    metrics |= self.evaluate()               # where this is given up, a resumed run begins with it
                 self.ranks.on_first(lambda: self.out.append("metrics.jsonl", [{k: rounded(v) for k, v in metrics.items()}]))
+                del self.state["unmeasured"]
                 line.update(step + 1, summary(metrics))
             number = self.ranks.largest(self.asked.number)        # ranks hear of it at different times: stop together
             if last or number or s.save_every and (step + 1) % s.save_every == 0:
                 if self.state["step"] > on_disk:
                     self.out.save(self.saved(), self.state)
                     on_disk = self.state["step"]
-            if number and self.state["step"] < self.steps:
+            if number and (self.state["step"] < self.steps or "unmeasured" in self.state):
                 self.optimizer.zero_grad(set_to_none=True)
                 self.say(f"\n{signal.Signals(number).name}: stopped after step {on_disk} of {self.steps}" + (
                     " and saved; the same command goes on from there." if on_disk else "; the same command starts again."))
@@ -895,6 +1036,11 @@ class Trainer:
             self.say(f"{self.state['skipped']} of {self.steps} updates were skipped")
         self.say(f"{s.recipe}: written to {self.out.path / 'final'}")
         return metrics
+
+
+class LostRank(InputError):
+    """Not the user's mistake, but one sentence too; the ranks that are left say it at once."""
+    urgent = True
 
 
 class Dropped(Exception):
@@ -992,7 +1138,7 @@ class Log:
 
 
 METRICS = ("loss margin refined_margin accuracy augmented_accuracy kl p p_hat chosen_logp rejected_logp response_length "
-           "finished empty identical judge_cut judge_off prompt_cut sample_seconds judge_seconds update_seconds").split()
+           "finished empty identical undecided judge_cut judge_off prompt_cut sample_seconds judge_seconds update_seconds").split()
 
 
 def rounded(value):
@@ -1018,7 +1164,7 @@ def main(settings, trainer=Trainer):
     if settings.dry_run:
         return dry_run(settings)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        leave_with(os.getppid())
+        leave_with(STARTED_BY)
         if settings.resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
             settings.resume = settings.given["resume"] = "auto"        # torchrun --max-restarts: what the first try made is good
     if settings.model is None:         # an empty one is a mistake (an unset shell variable), not a wish for toys
@@ -1030,7 +1176,27 @@ def main(settings, trainer=Trainer):
     return trainer(settings).run()
 
 
-if __name__ == "__main__":
-    cli.run(main, Settings)
-    if dist.is_initialized():
+def leave(status):
+    """End this process. A rank does so at once: a thread of gloo may still hold the last tensor that it sent, and to let go of
+    it while Python shuts down aborts a run that went well ("terminate called without an active exception", status -6)."""
+    if not dist.is_initialized():
+        sys.exit(status)
+    if status == 0:                    # behind an error the others may be anywhere: nobody to say goodbye to
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def launch(main, settings):
+    """What stands in front of a script that torchrun starts: cli.run, and an end that a rank survives."""
+    ended = 0
+    try:
+        cli.run(main, settings)
+    except SystemExit as error:
+        ended = error.code
+    leave(ended)
+
+
+if __name__ == "__main__":
+    launch(main, Settings)

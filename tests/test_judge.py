@@ -357,9 +357,8 @@ def test_a_pair_whose_direct_judgement_is_below_half_is_kept(tokenizers, monkeyp
     """A judge who likes long responses but, between two of them, the short one: ranks stay, and p says what it thinks."""
     tokenizer = tokenizers["neox-420"]
     Rigged(tokenizer, monkeypatch, score=lambda text: -len(text) if text else -100)
-    monkeypatch.setattr(judge, "ranked_pairs", None)
-    monkeypatch.setitem(judge.PAIRINGS, "ranked", lambda strengths: [(0, 1)])
-    pairs, *_ = judge.label(None, judge.Questioner(tokenizer, "helpful", ROOM), ["Human: one"], [["a b c d", "a"]])
+    pairs, *_ = judge.label(None, judge.Questioner(tokenizer, "helpful", ROOM), ["Human: one"], [["a b c d", "a"]],
+                            lambda strengths, prompt: [(0, 1)])
     (i, j, p), = pairs[0]
     assert (i, j) == (0, 1) and p < 0.01
 

@@ -17,6 +17,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import model
 from cli import InputError
@@ -284,6 +285,44 @@ def test_saving_over_an_earlier_save(sharded_first, oracle, tmp_path, monkeypatc
     assert difference(our_logits(folder), expected) < 1e-4 and difference(their_logits(folder), expected) < 2e-4
 
 
+def test_files_of_an_earlier_save_are_removed(oracle, tmp_path, monkeypatch):
+    """From many files to fewer, to one and back to some: what the index names is all there is, and both libraries read it."""
+    net = model.load(oracle("llama")[1])
+    counts = []
+    for limit in (6_000, 20_000, 10 ** 9, 12_000):
+        monkeypatch.setattr(model, "SHARD_BYTES", limit)
+        with torch.no_grad():
+            net.norm.weight.mul_(2)
+        model.save(net, tmp_path)
+        files = {path.name for path in tmp_path.iterdir()} - {"config.json", "model.safetensors.index.json"}
+        index = tmp_path / "model.safetensors.index.json"
+        listed = set(json.loads(index.read_text())["weight_map"].values()) if limit < 10 ** 9 else {"model.safetensors"}
+        assert files == listed and index.exists() == (limit < 10 ** 9)
+        counts.append(len(files))
+        assert torch.equal(our_logits(tmp_path), our_logits(net)) and difference(their_logits(tmp_path), our_logits(net)) < 1e-3
+    assert counts[0] > counts[1] > counts[2] == 1 < counts[3]
+
+
+def test_saving_holds_one_file_at_a_time(oracle, tmp_path, monkeypatch):
+    """Weights are asked for one by one, and those of a file are gone when the next file's are: never more than SHARD_BYTES
+    and the tensor that did not fit."""
+    net = model.load(oracle("llama")[1])
+    monkeypatch.setattr(model, "SHARD_BYTES", 12_000)
+    given, most = [], []
+
+    def weights():
+        for name, weight in net.named_parameters():
+            copy = weight.detach().clone()
+            given.append((StorageWeakRef(copy.untyped_storage()), copy.nbytes))
+            most.append(sum(size for storage, size in given if not storage.expired()))
+            yield name, copy
+            del copy
+    model.save_weights(net.config, weights(), tmp_path)
+    largest = max(weight.nbytes for weight in net.parameters())
+    assert max(most) <= 12_000 + 2 * largest < sum(weight.nbytes for weight in net.parameters()) / 2
+    assert torch.equal(our_logits(tmp_path), our_logits(net))
+
+
 @pytest.mark.parametrize("case", ["llama", "neox"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dtypes(case, dtype, oracle, tmp_path):
@@ -504,6 +543,47 @@ def test_a_wrong_forest_is_noticed(architecture, block, monkeypatch):
     }
     for name, (depth, end) in wrong.items():
         assert max(apart(as_forest(net, tokens, depth, end, paths), expected)) > 1e-3, name
+
+
+@pytest.mark.parametrize("block", [4, model.QUERY_BLOCK])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_recomputing_activations_changes_no_bit(architecture, block, monkeypatch):
+    """Values and gradients, on a forest of several query blocks, with a sliding window too; without a gradient nothing is
+    computed twice."""
+    monkeypatch.setattr(model, "QUERY_BLOCK", block)
+    net, calls = our_net(ARCHITECTURES[architecture]), []
+    attend = model.ForestAttention.__call__
+    monkeypatch.setattr(model.ForestAttention, "__call__", lambda *given: calls.append(1) or attend(*given))
+    results = []
+    for recompute in (False, True):
+        for layer in net.blocks:
+            layer.recompute = recompute
+        results.append(as_forest(net, *forest(FORESTS["random-roots"])))
+        assert len(calls) == 2 * (1 + recompute)
+        calls.clear()
+    assert apart(*results) == [0, 0] and max(gradient.abs().max() for gradient in results[0][1]) > 1e-3
+    our_logits(net)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_recomputing_activations_keeps_less(architecture):
+    """What stands in memory between forward and backward: with it the input of each block, less than a tenth."""
+    net, tokens, kept = our_net(dict(ARCHITECTURES[architecture], num_hidden_layers=6)), torch.arange(60)[None], {}
+    weights = {weight.untyped_storage().data_ptr() for weight in net.parameters()}
+    for recompute in (False, True):
+        storages = {}
+
+        def keep(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+        for layer in net.blocks:
+            layer.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            net(tokens)
+        kept[recompute] = sum(storage.nbytes() for place, storage in storages.items() if place not in weights)
+    inputs = 6 * 60 * 32 * 8
+    assert inputs <= kept[True] < inputs * 2 and kept[True] < kept[False] / 10
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

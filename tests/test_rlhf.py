@@ -366,8 +366,8 @@ def test_the_objective_is_the_written_one(world, tmp_path, monkeypatch):
     wanted = [weight.grad.clone() for net in moved for weight in net.parameters()]
     for net in moved:
         net.zero_grad()
-    log, count = trainer.new_log(), sum(len(one.ids) for one in responses)
-    loss = trainer.objective(groups, log) / count
+    log = trainer.new_log()
+    loss = trainer.objective(groups, log) / sum(trainer.weight(group) for group in groups)
     loss.backward()
     assert len({one.finished for one in responses}) == 2 or not any(one.finished for one in responses)
     assert 0.02 < log.means()["clip_share"] < 0.98
@@ -454,9 +454,10 @@ def test_two_ranks_follow_one(world, tmp_path):
     runs = [dict(recipe="reward", steps=None, shift_samples=5, **held_out), dict(recipe="rlhf", steps=None, **held_out),
             dict(recipe="rlhf", steps=1, batch_size=3, micro_batch_size=1)]
     both = [[settings(world, tmp_path / f"{name}-{i}", **changes) for name in ("one", "two")] for i, changes in enumerate(runs)]
+    (tmp_path / "runs.json").write_text(json.dumps([{"settings": two} for _, two in both]))
     launched = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "tests/ranks.py"),
-         json.dumps([two for _, two in both])], capture_output=True, text=True, timeout=300,
+         str(tmp_path / "runs.json")], capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert launched.returncode == 0, launched.stderr[-3000:]
     for i, (one, two) in enumerate(both):

@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -339,45 +338,6 @@ def test_accumulation_does_not_change_the_trajectory(recipe, world, tmp_path):
     assert_same(rows[3], rows[4], 1e-7)
     assert_same_weights(tmp_path / "1", tmp_path / "4", 1e-10)
     assert_same_weights(tmp_path / "3", tmp_path / "4", 1e-10)
-
-
-def test_two_ranks_follow_one(world, tmp_path):
-    """20 steps of dpo and osp on two processes equal one process: 1e-10 in float64, 1e-4 in float32.
-
-    In the epoch of 13 rows the last batch has one row, so that the second rank has none. The sharp model keeps strengths
-    apart: where two are equal up to rounding, ranks may order them differently, and that is no error.
-    """
-    runs = [dict(recipe="dpo", steps=20), dict(recipe="osp", steps=20), dict(recipe="dpo", steps=20, dtype="float32"),
-            dict(recipe="osp", steps=20, dtype="float32"), dict(recipe="sr-dpo", steps=None), dict(recipe="osp", steps=None),
-            dict(recipe="judge"), dict(recipe="dpo", steps=2, eval_data=[str(world / "pairs.jsonl")]),
-            dict(recipe="sr-dpo", steps=None, micro_batch_size=2, reference=str(world / "model"), reference_cache="",
-                 eval_data=[str(world / "pairs.jsonl")])]
-    sharp = str(world / "sharp")
-    both = [[settings(world, tmp_path / f"{name}-{i}", model=sharp, **changes) for name in ("one", "two")]
-            for i, changes in enumerate(runs)]
-    for side in both[-1]:
-        side["reference_cache"] = f"{side['out_dir']}-cache"
-    launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "tests/ranks.py"),
-         json.dumps([two for _, two in both])], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    for one, two in both:
-        train.Trainer(train.Settings(**one)).run()
-        exact = one["dtype"] == "float64"
-        assert_same(metrics(one["out_dir"]), metrics(two["out_dir"]), 1e-7 if exact else 1e-4)
-        assert_same_weights(one["out_dir"], two["out_dir"], 1e-10 if exact else 1e-4)
-    # The ranks' rollouts together are those of one process.
-    rollouts = [sorted(line for file in Path(out["out_dir"]).glob("rollouts*.jsonl") for line in file.read_text().splitlines())
-                for out in both[1]]
-    assert len(rollouts[0]) == len(rollouts[1]) == 20 * 4 * 2
-    strip = lambda lines: [{k: v for k, v in json.loads(line).items() if k != "p"} for line in lines]      # noqa: E731
-    assert strip(rollouts[0]) == strip(rollouts[1])
-    # Of 26 cached rows in parts of 2, the first rank has computed 14, the second 12: together what one process computes.
-    (one,), (two,) = (list(Path(side["reference_cache"]).iterdir()) for side in both[-1])
-    assert one.name == two.name
-    for query, values in load_file(one).items():
-        assert values.shape == (26, 2) and (values < 0).all() and (values - load_file(two)[query]).abs().max() < 1e-10
 
 
 def test_ranks_work_on_disjoint_rows(world, tmp_path):
@@ -782,25 +742,6 @@ def test_rows_of_text_take_the_format_and_the_better_response(world, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Interruptions
 
-def launch(arguments, ranks=1):
-    """A real training process, in a session of its own; `ranks` > 1 through torchrun."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else \
-        [sys.executable]
-    return subprocess.Popen([*start, str(ROOT / "train.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-
-
-def until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
-def lines(path):
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
 def arguments_of(world, out, **changes):
     given = dict(recipe="dpo", model=world / "model", data=world / "pairs.jsonl", out_dir=out, batch_size=4, dtype="float64",
                  **changes)
@@ -812,11 +753,11 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(number, world
     """The step under way is finished, a checkpoint is written, the status is 128 + the signal; the resumed run ends with the
     metrics of one that nobody stopped."""
     steps = 400
-    running = launch(arguments_of(world, tmp_path / "cut", steps=steps))
-    until(lambda: lines(tmp_path / "cut" / "metrics.jsonl") >= 3)
+    running = tiny.launch(arguments_of(world, tmp_path / "cut", steps=steps))
+    tiny.until(lambda: tiny.lines(tmp_path / "cut" / "metrics.jsonl") >= 3)
     running.send_signal(number)
     said, _ = running.communicate(timeout=60)
-    done = lines(tmp_path / "cut" / "metrics.jsonl")
+    done = tiny.lines(tmp_path / "cut" / "metrics.jsonl")
     assert running.returncode == 128 + number and f"{number.name}: stopped after step {done} of {steps}" in said
     assert (tmp_path / "cut" / "checkpoint" / f"step-{done}" / "state.json").exists() and 3 <= done < steps
     assert not (tmp_path / "cut" / "final").exists()
@@ -829,9 +770,9 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(number, world
 
 def test_an_out_dir_has_one_writer(world, tmp_path):
     """The second run is refused in a sentence and changes nothing; when the first is gone the lock is too."""
-    running = launch(arguments_of(world, tmp_path / "out", steps=4000))
-    until(lambda: lines(tmp_path / "out" / "metrics.jsonl") >= 2)
-    second = launch(arguments_of(world, tmp_path / "out", steps=4000))
+    running = tiny.launch(arguments_of(world, tmp_path / "out", steps=4000))
+    tiny.until(lambda: tiny.lines(tmp_path / "out" / "metrics.jsonl") >= 2)
+    second = tiny.launch(arguments_of(world, tmp_path / "out", steps=4000))
     said, _ = second.communicate(timeout=60)
     assert second.returncode == 1 and f"error: another run is writing to --out_dir={tmp_path / 'out'}" in said
     assert running.poll() is None
@@ -839,8 +780,8 @@ def test_an_out_dir_has_one_writer(world, tmp_path):
     running.wait()
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[:-1]]
     assert steps == list(range(1, len(steps) + 1))
-    third = launch(arguments_of(world, tmp_path / "out", steps=4000))
-    until(lambda: third.poll() is not None or lines(tmp_path / "out" / "metrics.jsonl") in range(1, 4))
+    third = tiny.launch(arguments_of(world, tmp_path / "out", steps=4000))
+    tiny.until(lambda: third.poll() is not None or tiny.lines(tmp_path / "out" / "metrics.jsonl") in range(1, 4))
     assert third.poll() is None
     third.kill()
     third.wait()
@@ -848,9 +789,9 @@ def test_an_out_dir_has_one_writer(world, tmp_path):
 
 def test_workers_leave_with_their_torchrun(world, tmp_path):
     """SIGKILL of torchrun leaves its workers alive, and they would go on writing."""
-    running = launch(arguments_of(world, tmp_path / "out", steps=100_000), ranks=2)
+    running = tiny.launch(arguments_of(world, tmp_path / "out", steps=100_000), ranks=2)
     metrics = tmp_path / "out" / "metrics.jsonl"
-    until(lambda: lines(metrics) >= 2)
+    tiny.until(lambda: tiny.lines(metrics) >= 2)
     running.kill()
     running.wait()
     time.sleep(3)

@@ -4,12 +4,17 @@
     net("neox")                          the same network alone, in float64
     write_jsonl(path, pairs(40))         a preference file
     command(sample, …, "--model=DIR")    a command line, without a process of its own
+    launch(["--recipe=dpo", …], ranks=2) a training in processes of its own
 """
 import functools
 import io
 import json
+import os
 import random
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import sentencepiece
 import tokenizers
@@ -21,6 +26,7 @@ import data
 import judge
 import model
 
+ROOT = Path(__file__).parent.parent
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
 FAMILIES = {       # biases, grouped heads and partial rotary positions: whatever can be mixed up is there
     "llama": dict(SIZES, model_type="llama", num_key_value_heads=2, rms_norm_eps=1e-5),
@@ -158,3 +164,26 @@ def command(script, capsys, monkeypatch, *arguments):
         code = leaving.code
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+def launch(arguments, ranks=1, script="train.py", options=(), **environment):
+    """A real training process, in a session of its own; `ranks` > 1 through torchrun, with its options."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
+    return subprocess.Popen([*start, str(ROOT / script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, start_new_session=True)
+
+
+def until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def lines(path):
+    return len(path.read_text().splitlines()) if path.exists() else 0
