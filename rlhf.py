@@ -204,7 +204,8 @@ class Settings(train.Settings):
 
     def users(self):
         rlhf = self.recipe == "rlhf"
-        return [*super().users(),
+        return [*(entry for entry in super().users() if entry[0] != "sample_every"),           # here it needs no judge
+                ("sample_every", rlhf, "--recipe=rlhf"),
                 ("beta lam refinement_prompt delta_scale judge judge_task reference_cache", False, "train.py"),
                 ("reward kl_coef ppo_epochs clip_range value_clip_range value_coef gamma gae_lambda eos_penalty", rlhf,
                  "--recipe=rlhf"),
@@ -395,10 +396,10 @@ class PPOTrainer(train.Trainer):
     def write_rollouts(self, step, share, groups):
         """Rollouts as data rows of single responses, one file a rank; `finished` is of chosen and rejected there."""
         name = f"rollouts.{self.ranks.rank}.jsonl" if self.ranks.rank else "rollouts.jsonl"
-        self.out.append(name, [{"prompt": row.row.prompt, "response": sample.response_text(self.tokenizer, one),
-                                "reward": round(one.score, 6), "kl": round(one.kl, 6), "finished": [one.finished, True],
-                                "step": step + 1}
-                               for (_, row), group in zip(share, groups) for one in group])
+        rows = [{"prompt": row.row.prompt, "response": sample.response_text(self.tokenizer, one), "reward": round(one.score, 6),
+                 "kl": round(one.kl, 6), "finished": [one.finished, True], "step": step + 1}
+                for (_, row), group in zip(share, groups) for one in group]
+        self.ranks.on_all(lambda: self.out.append(name, rows))
 
     # -- the updates ---------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import cli
 import data
 import losses
 import model
@@ -564,7 +565,7 @@ def test_a_rollout_that_says_nothing_is_skipped(world, tmp_path, monkeypatch):
     *((f"--model={{model}} --prompts={{pairs}} --reward={{reward}} --{typed}", [f"--{typed.split('=')[0]} would change"])
       for typed in "beta=0.1 lam=1 judge=x judge_task=summary reference_cache=x shift_samples=3 eval_every=1".split()),
     *((f"--recipe=reward --model={{model}} --data={{pairs}} --{typed}", [f"--{typed.split('=')[0]} would change"])
-      for typed in "k=2 kl_coef=1 reward=x reference=x max_tokens=3 temperature=1 ppo_epochs=4 reference_cache=x".split()),
+      for typed in "k=2 kl_coef=1 reward=x reference=x max_tokens=3 temperature=1 ppo_epochs=4 sample_every=1".split()),
 ])
 def test_bad_settings_get_one_sentence(arguments, words, world, tmp_path, monkeypatch, capsys):
     """One line on stderr that names what is wrong, exit status 1, nothing written."""
@@ -579,11 +580,21 @@ def test_bad_settings_get_one_sentence(arguments, words, world, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_a_setting_with_effect_passes():
+    """What each recipe reads, all of it at once."""
+    both = dict(model="m", eval_data=["e"], eval_every=1, optimizer="adamw", weight_decay=0.1, betas=[0.8, 0.9], max_length=50,
+                chat="hh")
+    rlhf.Settings(recipe="reward", data=["d"], shift_samples=9, **both).check_used()
+    rlhf.Settings(recipe="rlhf", reward="r", reference="f", prompts=["p"], k=3, temperature=0.5, top_p=0.5, max_tokens=9,
+                  sample_every=1, kl_coef=0.1, ppo_epochs=2, clip_range=0.1, value_clip_range=0.3, value_coef=1.0, gamma=0.9, gae_lambda=0.9,
+                  eos_penalty=2.0, **both).check_used()
+
+
 def test_help_prints_every_setting(monkeypatch, capsys):
     """Those of train.py too, each with its comment; where both have one, rlhf.py's."""
     code, printed, _ = tiny.command(rlhf, capsys, monkeypatch, "--help")
     assert code == 0
-    for field, comment in rlhf.cli.fields_with_comments(rlhf.Settings):
+    for field, comment in cli.fields_with_comments(rlhf.Settings):
         assert f"--{field.name}=" in printed and comment and comment in printed
     assert "--lr=" in printed and "--temperature=1.0" in printed and "π_old" in printed and "sr-dpo" not in printed
 
