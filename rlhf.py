@@ -196,13 +196,16 @@ class Settings(train.Settings):
                 raise InputError(f"--{name}={getattr(self, name)}: must be in [0, 1].")
         if self.lora_rank:
             raise InputError(f"--lora_rank={self.lora_rank}: rlhf.py trains all weights; adapters are for train.py.")
+        if self.dry_run:
+            raise InputError("--dry_run counts the memory of train.py's recipes; it knows nothing of reward models and PPO.")
 
     def folders(self):
         return list(dict.fromkeys([*super().folders(), *filter(None, [self.reward])]))
 
     def users(self):
         rlhf = self.recipe == "rlhf"
-        return [*super().users(),
+        return [*(entry for entry in super().users() if entry[0] != "sample_every"),           # here it needs no judge
+                ("sample_every", rlhf, "--recipe=rlhf"),
                 ("beta lam refinement_prompt delta_scale judge judge_task reference_cache", False, "train.py"),
                 ("reward kl_coef ppo_epochs clip_range value_clip_range value_coef gamma gae_lambda eos_penalty", rlhf,
                  "--recipe=rlhf"),
@@ -393,22 +396,30 @@ class PPOTrainer(train.Trainer):
     def write_rollouts(self, step, share, groups):
         """Rollouts as data rows of single responses, one file a rank; `finished` is of chosen and rejected there."""
         name = f"rollouts.{self.ranks.rank}.jsonl" if self.ranks.rank else "rollouts.jsonl"
-        self.out.append(name, [{"prompt": row.row.prompt, "response": sample.response_text(self.tokenizer, one),
-                                "reward": round(one.score, 6), "kl": round(one.kl, 6), "finished": [one.finished, True],
-                                "step": step + 1}
-                               for (_, row), group in zip(share, groups) for one in group])
+        rows = [{"prompt": row.row.prompt, "response": sample.response_text(self.tokenizer, one), "reward": round(one.score, 6),
+                 "kl": round(one.kl, 6), "finished": [one.finished, True], "step": step + 1}
+                for (_, row), group in zip(share, groups) for one in group]
+        self.ranks.on_all(lambda: self.out.append(name, rows))
 
     # -- the updates ---------------------------------------------------------------------------------------------------
 
     def learn(self, step, groups, log):
         """ppo_epochs optimizer steps on the whole rollout; returns the mean norm of their gradients."""
-        norms, skipped = [], self.state["skipped"]
+        norms, self.failed = [], False
         for self.epoch in range(self.settings.ppo_epochs):
             norms.append(super().learn(step, groups, log))
-            if self.state["skipped"] > skipped:           # the others would only fail again
+            if self.failed:                               # the others would fail too
                 break
         self.epoch = 0
         return sum(norms) / len(norms)
+
+    def skip(self, step, why):
+        """A step counts as skipped when its first update is; behind that one only the rest of its updates is left out."""
+        self.failed = True
+        if self.epoch == 0:
+            super().skip(step, why)
+        else:
+            self.say(f"\nstep {step + 1}, update {self.epoch + 1}: {why}; the rest of the step is left out")
 
     def go_on(self):
         """Behind its first update a step can no longer be dropped as if it had not been."""

@@ -556,7 +556,7 @@ class Trainer:
         self.asked, self.step_seconds = Asked(), math.inf
 
     def load(self, folder, dtype, trained=False, scores=False):
-        """A network, sharded over the ranks before it has memory: each rank reads only what it keeps. scores: see model.load."""
+        """A network, sharded over the ranks before it has memory: each rank reads only what it keeps. scores: model.load's."""
         rank, alpha = (self.settings.lora_rank, self.settings.lora_alpha) if trained else (0, 0)
 
         def prepare(net):
@@ -1150,8 +1150,8 @@ def rounded(value):
 
 def summary(metrics):
     """The few figures of a step that a person watches."""
-    shown = ("reward", "loss", "margin", "refined_margin", "accuracy", "augmented_accuracy", "p", "p_hat", "kl", "response_length",
-             "eval_reward", "eval_loss", "eval_accuracy")
+    shown = ("reward", "loss", "margin", "refined_margin", "accuracy", "augmented_accuracy", "p", "p_hat", "kl",
+             "response_length", "eval_reward", "eval_loss", "eval_accuracy")
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
 
 

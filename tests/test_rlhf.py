@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import cli
 import data
 import losses
 import model
@@ -127,7 +128,7 @@ def test_whiten():
     assert (split - white[:30]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("ratio, advantage, loss, slope", [      # slope: d loss / d log π, which is -ρ A where nothing is clipped
+@pytest.mark.parametrize("ratio, advantage, loss, slope", [      # slope: d loss / d log π, -ρ A where nothing is clipped
     (1.5, 1.0, -1.2, 0.0), (1.5, -1.0, 1.5, 1.5),                # above: it may not grow further, but may come back
     (0.5, 1.0, -0.5, -0.5), (0.5, -1.0, 0.8, 0.0),               # below
     (1.1, 2.0, -2.2, -2.2), (0.9, -2.0, 1.8, 1.8), (1.0, 3.0, -3.0, -3.0), (1.0, -3.0, 3.0, 3.0),
@@ -206,7 +207,8 @@ def test_logprobs_by_token(family):
     assert losses.logprobs(net, forest, starts).tolist() == pytest.approx(sums, abs=1e-12)
 
 
-@pytest.mark.parametrize("family, changes", [("llama", {}), ("mistral", {}), ("neox", {}), ("llama", {"tie_word_embeddings": True})])
+@pytest.mark.parametrize("family, changes", [("llama", {}), ("mistral", {}), ("neox", {}),
+                                             ("llama", {"tie_word_embeddings": True})])
 def test_a_reward_model_is_transformers_sequence_classification(family, changes, world, tmp_path):
     """Trained here, read there: equal scores of x⊕y with its EOS, alone and padded; and of our own reading of the folder."""
     folder = tiny.folder(tmp_path / "model", family, scale=0.7, **changes)
@@ -215,15 +217,18 @@ def test_a_reward_model_is_transformers_sequence_classification(family, changes,
     ours = model.load(tmp_path / "out/final", scores=True)
     assert type(theirs).__name__ == model.SCORERS[ours.config.model_type] and theirs.config.num_labels == 1
     tokenizer = data.load_tokenizer(tmp_path / "out/final")
-    pad, rows = theirs.config.pad_token_id, [data.Row(r["prompt"], r["chosen"], r["rejected"], None, "") for r in tiny.pairs(5, 8)]
-    sequences = [pair.x + y for pair in data.encode_dataset(tokenizer, rows, "hh", 96, 48)[0] for y in (pair.chosen, pair.rejected)]
+    pad = theirs.config.pad_token_id
+    rows = [data.Row(row["prompt"], row["chosen"], row["rejected"], None, "") for row in tiny.pairs(5, seed=8)]
+    pairs, _ = data.encode_dataset(tokenizer, rows, "hh", 96, 48)
+    sequences = [pair.x + y for pair in pairs for y in (pair.chosen, pair.rejected)]
     assert all(ids[-1] == tokenizer.eos_id != pad and pad not in ids for ids in sequences)
     with torch.no_grad():
         found = rlhf.scores(ours, data.pack(sequences))
         single = torch.cat([theirs(torch.tensor([ids])).logits[:, 0] for ids in sequences])
         width = max(map(len, sequences))
-        padded = theirs(torch.tensor([ids + [pad] * (width - len(ids)) for ids in sequences]),
-                        attention_mask=torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences])).logits[:, 0]
+        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences])
+        padded = torch.tensor([ids + [pad] * (width - len(ids)) for ids in sequences])
+        padded = theirs(padded, attention_mask=mask).logits[:, 0]
     assert (found - single).abs().max() < 1e-4 and (found - padded).abs().max() < 1e-4 and found.std() > 0.01
 
 
@@ -362,8 +367,8 @@ def test_the_objective_is_the_written_one(world, tmp_path, monkeypatch):
     wanted = [weight.grad.clone() for net in moved for weight in net.parameters()]
     for net in moved:
         net.zero_grad()
-    log, count = trainer.new_log(), sum(len(one.ids) for one in responses)
-    loss = trainer.objective(groups, log) / count
+    log = trainer.new_log()
+    loss = trainer.objective(groups, log) / sum(trainer.weight(group) for group in groups)
     loss.backward()
     assert len({one.finished for one in responses}) == 2 or not any(one.finished for one in responses)
     assert 0.02 < log.means()["clip_share"] < 0.98
@@ -402,26 +407,34 @@ def test_rollouts_say_what_the_metrics_say(world, tmp_path):
 def test_a_response_without_an_end_pays_for_it(world, tmp_path):
     """With λ = 1 the return of each token is what is still to come: the penalty more with an EOS than without."""
     trainer = make(world, tmp_path, "rlhf", gae_lambda=1.0, eos_penalty=0.75, kl_coef=0.1)
-    same = dict(x=[1], ids=[5, 6], score=2.0)
-    whole, cut = (rlhf.Response(**same, finished=done, old=tensor(-1.0, -2.0), reference=tensor(-2.0, -1.0), values=tensor(0.3, 0.4))
-                  for done in (True, False))
+    same = dict(x=[1], ids=[5, 6], score=2.0, old=tensor(-1.0, -2.0), reference=tensor(-2.0, -1.0), values=tensor(0.3, 0.4))
+    whole, cut = (rlhf.Response(**same, finished=done) for done in (True, False))
     trainer.estimate([whole, cut], trainer.new_log())
     assert whole.returns.tolist() == pytest.approx([2.0, 2.0 + 0.1]) and cut.returns.tolist() == pytest.approx([1.25, 1.35])
     white = torch.cat((whole.advantages, cut.advantages))
     assert abs(white.mean()) < 1e-12 and white.var(correction=0) == pytest.approx(1)
 
 
-def test_ppo_raises_the_reward(world, tmp_path):
-    """Any reward model will do: 12 rollouts on the same prompts raise a random one's score."""
-    rows = run(world, tmp_path, "rlhf", steps=12, batch_size=13, k=4, lr=3e-3, kl_coef=0.01)
-    first, last = (sum(row["reward"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
-    assert last > first + 0.5 and rows[-1]["kl"] > 0 and rows[-1]["value_loss"] < rows[0]["value_loss"]
+def test_ppo_raises_the_reward_and_stays_near_the_reference(world, tmp_path, monkeypatch):
+    """A reward that anybody can learn, how many of the last four ids are even: without κ it rises, and the KL with it; with a
+    large one the policy stays where it was."""
+    monkeypatch.setattr(rlhf, "scores", lambda net, forest: torch.stack([(forest.tokens[path[-4:]] % 2 == 0).double().sum()
+                                                                         for path in forest.paths]))
+    free, tied = (run(world, tmp_path / str(kl_coef), "rlhf", steps=8, batch_size=6, micro_batch_size=6, k=6, max_tokens=4,
+                      lr=2e-2, kl_coef=kl_coef) for kl_coef in (0, 2))
+    assert free[0]["reward"] == tied[0]["reward"] and free[-1]["reward"] > free[0]["reward"] + 0.7
+    assert free[-1]["kl"] > 2 and abs(tied[-1]["kl"]) < free[-1]["kl"] / 2
+    assert free[-1]["value_loss"] < free[0]["value_loss"] / 4 and free[-1]["explained_variance"] > free[0]["explained_variance"]
 
 
-def test_the_tie_to_the_reference(world, tmp_path):
-    """A large κ keeps the policy nearer to the reference than none."""
-    kl = [run(world, tmp_path / str(kl_coef), "rlhf", steps=6, batch_size=4, lr=3e-3, kl_coef=kl_coef)[-1]["kl"] for kl_coef in (0, 3)]
-    assert kl[1] < kl[0] / 2
+def test_tokens_are_counted_once(world):
+    """Though the figures so far are asked for several times a step, and each time added up over two ranks."""
+    class Two:
+        sum = staticmethod(lambda values: [2 * value for value in values])
+    log = train.Log(Two, rlhf.METRICS)
+    log.count("tokens", 10)
+    log.add("reward", tensor(1.0, 2.0))
+    assert log.means() == log.means() == {"reward": 1.5} and log.tokens == 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,12 +525,22 @@ def test_a_step_is_dropped_as_long_as_it_has_changed_nothing(world, tmp_path, mo
     assert calls == [0, 0, 1, 1, 2, 2, 3, 3] and not torch.equal(trainer.policy.embed.weight, start["policy.embed.weight"])
 
 
-def test_a_run_that_diverges_stops_with_a_sentence(world, tmp_path):
-    """Weights of 1e30 after the first update: the second is skipped, once, the other two are not tried; then there is nothing
-    to sample from."""
-    with pytest.raises(InputError, match="logits are not finite, so nothing can be sampled: .*training has diverged; a lower --lr"):
+def test_a_run_that_diverges_stops_with_a_sentence(world, tmp_path, capsys):
+    """Weights of 1e30 after the first update: the second fails, the other two are not tried, and nothing can be sampled then.
+    The step has made an update, so it does not count as skipped."""
+    with pytest.raises(InputError, match="logits are not finite, so nothing can be sampled: .*training has diverged"):
         run(world, tmp_path, "rlhf", steps=9, lr=1e30, dtype="float32", grad_clip=0.0)
-    assert [row["skipped"] for row in metrics(tmp_path)] == [1]
+    said, row = capsys.readouterr().out, metrics(tmp_path)[-1]
+    assert said.count("is not finite") == said.count("step 1, update 2: the loss or its gradient is not finite") == 1
+    assert (row["step"], row["skipped"]) == (1, 0)
+
+
+def test_a_rollout_that_says_nothing_is_skipped(world, tmp_path, monkeypatch):
+    """Where already the first update fails: once a rollout, and five such rollouts end the run."""
+    monkeypatch.setattr(rlhf, "policy_loss", lambda logprobs, *rest: logprobs * math.nan)
+    with pytest.raises(InputError, match="step 5: .*not finite, for 5 steps in a row"):
+        run(world, tmp_path, "rlhf", steps=9)
+    assert [row["skipped"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -535,12 +558,14 @@ def test_a_run_that_diverges_stops_with_a_sentence(world, tmp_path):
     ("--reward={reward}", ["--reward needs a model"]), ("--reward=", ["--reward= is empty"]), ("--k=0", ["--k=0"]),
     ("--kl_coef=-1", ["--kl_coef=-1"]), ("--kl_coef=nan", ["--kl_coef"]), ("--clip_range=0", ["--clip_range=0"]),
     ("--gae_lambda=1.5", ["--gae_lambda=1.5", "[0, 1]"]), ("--gamma=-0.1", ["--gamma"]), ("--ppo_epochs=0", ["--ppo_epochs=0"]),
-    ("--value_clip_range=-1", ["--value_clip_range"]), ("--eos_penalty=-1", ["--eos_penalty"]), ("--shift_samples=0", ["--shift_samples"]),
-    ("--lora_rank=4", ["--lora_rank=4", "train.py"]), ("--kl=0.1", ["--kl"]),
-    *((f"--model={{model}} --prompts={{pairs}} --reward={{reward}} --{typed}", [f"--{typed.split('=')[0]} would change nothing"])
+    ("--value_clip_range=-1", ["--value_clip_range"]), ("--eos_penalty=-1", ["--eos_penalty"]),
+    ("--shift_samples=0", ["--shift_samples"]),
+    ("--lora_rank=4", ["--lora_rank=4", "train.py"]),
+    ("--model={model} --dry_run", ["--dry_run", "train.py"]), ("--kl=0.1", ["--kl"]),
+    *((f"--model={{model}} --prompts={{pairs}} --reward={{reward}} --{typed}", [f"--{typed.split('=')[0]} would change"])
       for typed in "beta=0.1 lam=1 judge=x judge_task=summary reference_cache=x shift_samples=3 eval_every=1".split()),
-    *((f"--recipe=reward --model={{model}} --data={{pairs}} --{typed}", [f"--{typed.split('=')[0]} would change nothing"])
-      for typed in "k=2 kl_coef=1 reward=x reference=x max_tokens=3 temperature=1 ppo_epochs=4 gamma=1 reference_cache=x".split()),
+    *((f"--recipe=reward --model={{model}} --data={{pairs}} --{typed}", [f"--{typed.split('=')[0]} would change"])
+      for typed in "k=2 kl_coef=1 reward=x reference=x max_tokens=3 temperature=1 ppo_epochs=4 sample_every=1".split()),
 ])
 def test_bad_settings_get_one_sentence(arguments, words, world, tmp_path, monkeypatch, capsys):
     """One line on stderr that names what is wrong, exit status 1, nothing written."""
@@ -555,11 +580,21 @@ def test_bad_settings_get_one_sentence(arguments, words, world, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_a_setting_with_effect_passes():
+    """What each recipe reads, all of it at once."""
+    both = dict(model="m", eval_data=["e"], eval_every=1, optimizer="adamw", weight_decay=0.1, betas=[0.8, 0.9], max_length=50,
+                chat="hh")
+    rlhf.Settings(recipe="reward", data=["d"], shift_samples=9, **both).check_used()
+    rlhf.Settings(recipe="rlhf", reward="r", reference="f", prompts=["p"], k=3, temperature=0.5, top_p=0.5, max_tokens=9,
+                  sample_every=1, kl_coef=0.1, ppo_epochs=2, clip_range=0.1, value_clip_range=0.3, value_coef=1.0, gamma=0.9, gae_lambda=0.9,
+                  eos_penalty=2.0, **both).check_used()
+
+
 def test_help_prints_every_setting(monkeypatch, capsys):
     """Those of train.py too, each with its comment; where both have one, rlhf.py's."""
     code, printed, _ = tiny.command(rlhf, capsys, monkeypatch, "--help")
     assert code == 0
-    for field, comment in rlhf.cli.fields_with_comments(rlhf.Settings):
+    for field, comment in cli.fields_with_comments(rlhf.Settings):
         assert f"--{field.name}=" in printed and comment and comment in printed
     assert "--lr=" in printed and "--temperature=1.0" in printed and "π_old" in printed and "sr-dpo" not in printed
 
@@ -597,5 +632,6 @@ def test_rlhf_on_the_toy_world(tmp_path):
     toy.main(rlhf.Settings(out_dir=str(tmp_path)))
     accuracy, rows = metrics(tmp_path / "reward")[-1]["eval_accuracy"], metrics(tmp_path / "rlhf")
     assert accuracy > 0.7 and rows[-1]["eval_reward"] > rows[0]["reward"] + 1 and 0 < rows[-1]["eval_kl"] < 20
-    table = {line.split()[0]: line.split() for line in (tmp_path / "result-rlhf.txt").read_text().splitlines() if line[:4] in ("sft ", "rlhf")}
+    lines = (tmp_path / "result-rlhf.txt").read_text().splitlines()
+    table = {line.split()[0]: line.split() for line in lines if line[:4] in ("sft ", "rlhf")}
     assert float(table["rlhf"][1]) > float(table["sft"][1]) + 0.2
