@@ -238,8 +238,8 @@ class Linear(nn.Linear):
     def forward(self, x):
         y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         if self.scale:
-            inside = F.linear(x, self.lora_a.to(x.dtype)).flatten(0, -2)
-            y.flatten(0, -2).addmm_(inside, self.lora_b.to(x.dtype).T, alpha=self.scale)       # in place: no copy of y
+            inside = F.linear(x, self.lora_a.to(x.dtype)).view(-1, len(self.lora_a))
+            y.view(-1, self.out_features).addmm_(inside, self.lora_b.to(x.dtype).T, alpha=self.scale)   # in place: no copy of y
         return y
 
 

@@ -88,6 +88,7 @@ def test_a_layer_worked_by_hand():
     layer = net.blocks[0].attention.o
     for name, values in dict(weight=[[1, 0], [2, 1]], bias=[0, 5], lora_a=[[1, 1], [0, -1]], lora_b=[[1, 2], [0, 3]]).items():
         setattr(layer, name, torch.nn.Parameter(torch.tensor(values).double()))
+    layer.out_features = 2
     x = torch.tensor([1.0, 2.0], dtype=torch.float64)
     assert layer(x).tolist() == [-2, -9]
     with model.without_adapters(net):
@@ -129,7 +130,7 @@ def test_a_fresh_a_is_uniform_and_a_function_of_the_seed():
 def test_the_gradient_at_the_start(family, world, tmp_path):
     """B is 0, so A gets none and B some, in every layer; the frozen weights have none at all."""
     trainer = train.Trainer(settings(world, tmp_path, model=str(world / family)))
-    trainer.objective(trainer.data.rows[:4], train.Log(trainer.ranks)).backward()
+    trainer.objective(trainer.data.rows[:4], trainer.new_log()).backward()
     for name, weight in trainer.policy.named_parameters():
         if name.endswith("lora_a"):
             assert not weight.grad.any(), name
