@@ -12,7 +12,7 @@ run: .venv/run
 	.venv/bin/torchrun train.py $(ARGS)
 
 test: .venv/test
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 slow: .venv/test
 	.venv/bin/python -m pytest -m slow $(ARGS)

@@ -23,9 +23,9 @@ from cli import InputError
 
 P_TOKENS = 64                  # of the refinement prompt, which is some forty words
 LIBRARIES = 100 << 20          # bytes that are first loaded in a step or a save
-# What comes and goes leaves holes that the next step's tensors do not fit into. Measured on a CPU, where cli.keep_freed_memory
-# gives nothing back: three tenths of it, and half of the gradients; CUDA's allocator moves pieces together (not measured).
-HOLES = {"cpu": (0.3, 0.5), "cuda": (0.1, 0.0)}
+# What comes and goes leaves holes that the next step's tensors do not fit into, as a share of it. Fitted to what was measured
+# on a CPU, where cli.keep_freed_memory gives nothing back, and half of the gradients' place is lost too; CUDA's is a guess.
+HOLES = {"cpu": 0.2, "cpu, sharded": 0.35, "cpu, adapters": 0.5, "cuda": 0.1}
 
 
 @dataclass
@@ -83,6 +83,7 @@ def count(net):
 class Job:
     """A run's needs that are not the model's: everything in tokens and bytes."""
     online: bool
+    judged: bool
     micro: int                     # prompts that a rank trains on at a time
     responses: int                 # trained on behind each: 1 (sft), 2 (a pair), the K of an online recipe that are in a pair
     prompts: int                   # that a rank samples from in a step
@@ -123,8 +124,8 @@ def parts(policy, reference, judge_shape, job, ranks, replicas, device):
         # gradients on their way through an MLP, and the largest weight's before it is added to what stands there
         "backward": 4 * max(config.ffn, config.width) * N * c + 2 * tensor * m * (not lora),
     }
-    if sharded:       # two blocks are gathered at a time, the root as long as a step takes, each with a gradient to be shared
-        update["gathered"] = (2 * policy.block + policy.root) * c + (policy.block + policy.root) * (c + 4) * (not lora)
+    if sharded:       # two blocks at a time, the root all along: a buffer and the weights that are copied from it; gradients
+        update["gathered"] = 2 * (2 * policy.block + policy.root) * c + (policy.block + policy.root) * (c + 4) * (not lora)
     elif c < m and not lora:
         update["cast weights"] = policy.whole * c                 # float32 masters in the compute type
     phases = {"update": update}
@@ -139,25 +140,27 @@ def parts(policy, reference, judge_shape, job, ranks, replicas, device):
             "cache": at_a_time * (2 * x + job.k * y) * policy.cache_numbers() * c,      # a prompt's is laid out once more
             "logits": rows * config.vocab_size * 4 * 4,           # themselves, sorted, probabilities, their sums
         }
-        asker = judge_shape or reference
+        asker = judge_shape or reference or policy             # the policy with its adapters off
         tokens = min(judge.FOREST_TOKENS, job.prompts * 2 * job.k * (y + P_TOKENS))
-        phases["judging"] = {"gathered": whole, "cache": 2 * tokens * asker.cache_numbers() * c,
-                             "activations": tokens * (3 * asker.config.ffn + 6 * asker.config.width) * c}
+        if job.judged:
+            phases["judging"] = {"gathered": whole, "cache": 2 * tokens * asker.cache_numbers() * c,
+                                 "activations": tokens * (3 * asker.config.ffn + 6 * asker.config.width) * c}
     own = stays["weights"] if not lora else policy.adapters * m / S
     state = own + stays["optimizer"]
     phases["saving"] = {"two copies of a file": 2 * min(state, checkpoint.FILE_BYTES) if device == "cpu" else 0}
     merged = policy.whole * (c if lora else m)
     phases["final"] = {"gathered": tensor * (c if lora else m) if sharded else 0,
                        "two copies of a file": 2 * min(merged, model.SHARD_BYTES) if device == "cpu" else 0}
+    where = "cuda" if device == "cuda" else "cpu, adapters" if lora else "cpu, sharded" if sharded else "cpu"
+    for sizes in phases.values():
+        sizes["holes"] = HOLES[where] * sum(sizes.values()) + 0.5 * (device == "cpu") * sizes.get("gradients", 0)
     return stays, phases
 
 
-def peak(stays, phases, device):
+def peak(stays, phases):
     """(bytes, phase) of the most memory at a time."""
-    share, of_gradients = HOLES["cuda" if device == "cuda" else "cpu"]
-    need = {name: (1 + share) * sum(sizes.values()) + of_gradients * sizes.get("gradients", 0) for name, sizes in phases.items()}
-    worst = max(need, key=need.get)
-    return sum(stays.values()) + need[worst] + LIBRARIES, worst
+    worst = max(phases, key=lambda name: sum(phases[name].values()))
+    return sum(stays.values()) + sum(phases[worst].values()) + LIBRARIES, worst
 
 
 def job_of(s, recipe, compute, context, ranks):
@@ -169,7 +172,7 @@ def job_of(s, recipe, compute, context, ranks):
     response = (s.max_tokens or length - min(prompt, length // 2)) if online else length - min(prompt, length - 1)
     prompts = -(-s.batch_size // ranks)
     masters = torch.float64 if compute == torch.float64 else torch.float32
-    return Job(online, min(s.micro_batch_size, prompts), recipe.pairs_a_prompt(s.k) * (1 if recipe.loss == "sft" else 2), prompts,
+    return Job(online, recipe.has_judge, min(s.micro_batch_size, prompts), recipe.pairs_a_prompt(s.k) * (1 if recipe.loss == "sft" else 2), prompts,
                s.candidates or s.k or 1, min(prompt, length - response), response, compute, masters, s.optimizer, s.checkpoint_activations)
 
 
@@ -188,21 +191,25 @@ def estimate(s, recipe, compute, ranks, device):
 def dry_run(s, recipe, compute, ranks, device, available):
     """Print the estimate; InputError where it does not fit into `available` bytes a rank."""
     policy, job, stays, phases = estimate(s, recipe, compute, ranks, device)
-    most, worst = peak(stays, phases, device)
+    most, worst = peak(stays, phases)
     gib = 2 ** 30
     print(f"{s.model}: {policy.whole:,} parameters" + (f" and {policy.adapters:,} of adapters" if policy.adapters else "") +
           f"; {s.recipe} in {str(compute).removeprefix('torch.')} on {ranks} × {device}" +
           (f", {s.replicas} replicas" if s.replicas > 1 else ""))
     print(f"{job.micro} × ({job.prompt_length} + {job.responses} × {job.response_length}) tokens at a time\n\nGiB a rank")
     for name, size in stays.items():
+        if not size:
+            continue
         print(f"  {name:<24}{size / gib:8.2f}")
     for phase, sizes in phases.items():
+        if not sum(sizes.values()):
+            continue
         print(f"  {phase + ', for a while':<24}{sum(sizes.values()) / gib:8.2f}   " +
               ", ".join(f"{name} {size / gib:.2f}" for name, size in sizes.items() if size))
     print(f"  {'the most, in ' + worst:<24}{most / gib:8.2f}   of {available / gib:.1f}, the program itself not counted")
     if most > available:
         fits = [" ".join(f"--{name}={value}" for name, value in change.items()) for change in REMEDIES
-                if peak(*estimate(changed(s, **change), recipe, compute, ranks, device)[2:], device)[0] <= available]
+                if peak(*estimate(changed(s, **change), recipe, compute, ranks, device)[2:])[0] <= available]
         raise InputError(f"{s.recipe} of {s.model} needs {most / gib:.1f} GiB a rank and there are {available / gib:.1f}; " + (
             f"this would fit: {' or '.join(fits)}." if fits else "more ranks or a smaller model are needed."))
 

@@ -97,7 +97,7 @@ def test_a_headers_mistake_is_found_before_the_job(tmp_path, capsys, monkeypatch
 def test_a_block_keeps_what_the_estimate_says(family, dtype):
     """Bytes saved for the gradient by three layers less those by two, over one forest of several query blocks; within 5 %."""
     forest = data.pack([[5] * 200 + [6] * 300, [5] * 200 + [7] * 300])
-    job = memory.Job(False, 1, 2, 1, 7, 200, 300, dtype, torch.float32, "adam", False)
+    job = memory.Job(False, False, 1, 2, 1, 7, 200, 300, dtype, torch.float32, "adam", False)
     sizes = dict(hidden_size=256, intermediate_size=704, num_attention_heads=4)
 
     def saved(layers):
@@ -174,7 +174,7 @@ def test_the_estimate_beside_the_truth(ranks, given, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     s = train.Settings(**given)
     *_, stays, phases = memory.estimate(s, train.RECIPES[s.recipe], torch.float32, ranks, "cpu")
-    said, _ = memory.peak(stays, phases, "cpu")
+    said, _ = memory.peak(stays, phases)
     for rank in range(ranks):
         measured = int((tmp_path / f"peak.{rank}").read_text())
         print(f"{given['recipe']}, rank {rank} of {ranks}: {measured / said:.3f} of {said / 2 ** 30:.2f} GiB")
