@@ -363,7 +363,8 @@ def read_state(folder):
     """A checkpoint's state.json, after a look at whether all files that it lists are there and whole: torch reads a missing
     rank's file as zeros, in silence."""
     state = cli.read_json(folder / "state.json")
-    whole = isinstance(state.get("files"), dict) and all(type(state.get(name, 0)) is int for name in ("step", "skipped", "in_a_row"))
+    numbers = ("step", "skipped", "in_a_row")
+    whole = isinstance(state.get("files"), dict) and all(type(state.get(name, 0)) is int for name in numbers)
     if not whole or state.get("step", 0) < 1:
         raise InputError(f"{folder / 'state.json'} does not say what the checkpoint holds; {remedy(folder)}.")
     for name, size in state["files"].items():

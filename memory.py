@@ -172,8 +172,10 @@ def job_of(s, recipe, compute, context, ranks):
     response = (s.max_tokens or length - min(prompt, length // 2)) if online else length - min(prompt, length - 1)
     prompts = -(-s.batch_size // ranks)
     masters = torch.float64 if compute == torch.float64 else torch.float32
-    return Job(online, recipe.has_judge, min(s.micro_batch_size, prompts), recipe.pairs_a_prompt(s.k) * (1 if recipe.loss == "sft" else 2), prompts,
-               s.candidates or s.k or 1, min(prompt, length - response), response, compute, masters, s.optimizer, s.checkpoint_activations)
+    return Job(online=online, judged=recipe.has_judge, micro=min(s.micro_batch_size, prompts),
+               responses=recipe.pairs_a_prompt(s.k) * (1 if recipe.loss == "sft" else 2), prompts=prompts,
+               k=s.candidates or s.k or 1, prompt_length=min(prompt, length - response), response_length=response,
+               compute=compute, masters=masters, optimizer=s.optimizer, recompute=s.checkpoint_activations)
 
 
 def estimate(s, recipe, compute, ranks, device):

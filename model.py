@@ -581,7 +581,7 @@ class Cache:
     def attend(self, layer, q, k, v):
         """q (R, H, 1, E), k and v (R, G, 1, E) of each row's newest token -> (R, H, 1, E)."""
         (prompt_k, prompt_v), (own_k, own_v) = self.prompt[layer], self.own[layer]
-        (P, G, longest, E), (R, H), t = prompt_k.shape, q.shape[:2], self.step
+        (_, G, longest, E), (R, H), t = prompt_k.shape, q.shape[:2], self.step
         own_k[:, :, t], own_v[:, :, t] = k[:, :, 0], v[:, :, 0]
         own_k, own_v = own_k[:, :, :t + 1], own_v[:, :, :t + 1]
         q = q.view(R, G, H // G, E) / math.sqrt(E)
@@ -918,7 +918,6 @@ def save_adapters(net, weights, base, folder):
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     rank = layers[0][1].lora_a.shape[0]
     targets = sorted({file_name(config, f"{name}.weight").split(".")[-2] for name, _ in layers})
-    (folder / "adapter_config.json").write_text(json.dumps(dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank,
-        lora_alpha=layers[0][1].scale * rank, lora_dropout=0.0, target_modules=targets, bias="none", inference_mode=True), indent=2)
-        + "\n", encoding="utf-8")
+    described = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank,
+                     bias="none", lora_alpha=layers[0][1].scale * rank, lora_dropout=0.0, target_modules=targets, inference_mode=True)
+    (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

@@ -90,8 +90,8 @@ class Recipe:
         if self.online == (self.pairs in ("dataset", None)):
             raise InputError(f"pairs: {self.pairs} cannot be made of responses from {self.responses}; change pairs or responses.")
         if (self.loss == "sft" and self.online) != (self.pairs == "best"):
-            raise InputError(f"pairs: {self.pairs} does not go with loss {self.loss} on fresh samples; sft takes the best one, all "
-                             f"others need pairs.")
+            raise InputError(f"pairs: {self.pairs} does not go with loss {self.loss} on fresh samples; sft takes the best one, "
+                             f"all others need pairs.")
 
 
 RECIPES = {
@@ -204,7 +204,8 @@ class Settings:
                 raise InputError(f"--{name}={getattr(self, name)}: choose one of {', '.join(allowed)}.")
         at_least = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "keep": 1, "max_tokens": 1, "max_length": 3,
                     "max_prompt_length": 1, "eval_every": 0, "save_every": 0, "sample_every": 0, "warmup_steps": 0,
-                    "seed": 0, "k": 1, "iterations": 1, "candidates": 1, "lam": 0, "weight_decay": 0, "grad_clip": 0, "lora_rank": 0, "replicas": 1}
+                    "seed": 0, "k": 1, "iterations": 1, "candidates": 1, "lam": 0, "weight_decay": 0, "grad_clip": 0,
+                    "lora_rank": 0, "replicas": 1}
         for name, least in at_least.items():
             if getattr(self, name) is not None and not least <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name}={getattr(self, name)}: must be at least {least}.")
@@ -221,7 +222,8 @@ class Settings:
             if self.candidates < self.k:
                 raise InputError(f"--candidates={self.candidates}: fewer than the --k={self.k} that are to be accepted.")
         if self.lora_rank and (self.iterations or 1) > 1:
-            raise InputError(f"--iterations={self.iterations}: the reference under adapters cannot move; use 1, or no --lora_rank.")
+            raise InputError(f"--iterations={self.iterations}: the reference under adapters cannot move; use 1, or no "
+                             f"--lora_rank.")
         if self.data_fraction > 1:
             raise InputError(f"--data_fraction={self.data_fraction}: a share, at most 1.")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
@@ -579,7 +581,8 @@ class Trainer:
         if folder not in self.frozen:
             net = self.frozen[folder] = self.load(folder, self.dtype)
             if folder != self.settings.model and not sample.matching_tokenizer(folder, net.config).same_ids(self.tokenizer):
-                raise InputError(f"{folder} and {self.settings.model} have different tokenizers; all models of a run must share one.")
+                raise InputError(f"{folder} and {self.settings.model} have different tokenizers; all models of a run must "
+                                 f"share one.")
         return self.frozen[folder]
 
     def networks(self):
@@ -720,7 +723,7 @@ class Trainer:
             p = torch.tensor([1.0 if pair.p is None else pair.p for pair in pairs], device=margin.device, dtype=margin.dtype)
             log.add("p", p)
             log.add("p_hat", losses.strength_hat(margin, s.beta))
-        if self.recipe.responses == "policy" and torch.is_grad_enabled():      # over the fresh samples in a pair; an odd K's median is in none
+        if self.recipe.responses == "policy" and torch.is_grad_enabled():      # samples in a pair: an odd K's median is in none
             log.add("kl", torch.cat(policy) - torch.cat(reference))
         values = PAIR_LOSSES[self.recipe.loss](margin, delta, p, s)
         for name, value in (("loss", values), ("margin", margin), ("accuracy", losses.correct(margin)),
@@ -840,7 +843,8 @@ class Trainer:
         if self.recipe.labels == "hard":
             log.add("undecided", torch.tensor([float(pair.p == 0.5) for pair in pairs]))
             pairs = [dataclasses.replace(pair, p=1.0) if pair.p > 0.5 else
-                     dataclasses.replace(pair, p=1.0, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs if pair.p != 0.5]
+                     dataclasses.replace(pair, p=1.0, chosen=pair.rejected, rejected=pair.chosen)
+                     for pair in pairs if pair.p != 0.5]
         return pairs
 
     @torch.no_grad()
@@ -866,8 +870,8 @@ class Trainer:
             ours.copy_(theirs)
 
     def respond(self, net, step, share):
-        """A gathered network's K responses (for rso: its candidates) to each of this rank's prompts [(place, row)]: lists of K sample.Sample, a pure
-        function of (seed, step, place)."""
+        """A gathered network's K responses (for rso: its candidates) to each of this rank's prompts [(place, row)]: lists of K
+        sample.Sample, a pure function of (seed, step, place)."""
         s, samples = self.settings, []
         net = model.cast(net, self.dtype)
         size = -self.ranks.largest(-self.prompts_at_a_time(share))        # prompts differ: the ranks must go on together
@@ -1138,7 +1142,8 @@ class Log:
 
 
 METRICS = ("loss margin refined_margin accuracy augmented_accuracy kl p p_hat chosen_logp rejected_logp response_length "
-           "finished empty identical undecided judge_cut judge_off prompt_cut sample_seconds judge_seconds update_seconds").split()
+           "finished empty identical undecided judge_cut judge_off prompt_cut "
+           "sample_seconds judge_seconds update_seconds").split()
 
 
 def rounded(value):
