@@ -219,7 +219,7 @@ def rejection_sample(strengths, k, beta, generator):
     while left and len(accepted) < k:
         best, round_of = max(float(strengths[i]) for i in left), list(left)
         for i in round_of:
-            if len(accepted) < k and generator.random() < math.exp((float(strengths[i]) - best) / beta):
+            if len(accepted) < k and not generator.random() >= math.exp((float(strengths[i]) - best) / beta):      # NaN: accepted
                 accepted.append(i)
                 left.remove(i)
     return accepted

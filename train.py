@@ -80,6 +80,11 @@ class Recipe:
         return {"ranked": k // 2, "random": k // 2, "spin": k}.get(self.pairs, 1) if self.online else 1
 
     def __post_init__(self):
+        known = {"responses": ("dataset", "policy", "reference", "rso"), "pairs": (None, "dataset", "spin", *judge.PAIRINGS),
+                 "labels": (None, "hard", "soft")}
+        for axis, values in known.items():
+            if getattr(self, axis) not in values:
+                raise InputError(f"{axis}: {getattr(self, axis)} is none of {', '.join(map(str, values))}.")
         takes_p = self.loss in ("spce", "sr-spce")
         if self.labels == "soft" and not takes_p:
             raise InputError(f"labels: soft needs a loss that takes p (spce, sr-spce), not {self.loss}; change loss or labels.")
@@ -89,6 +94,10 @@ class Recipe:
             raise InputError(f"labels: {self.labels} does not go with loss {self.loss}; sft takes none, all others need them.")
         if self.online == (self.pairs in ("dataset", None)):
             raise InputError(f"pairs: {self.pairs} cannot be made of responses from {self.responses}; change pairs or responses.")
+        if self.pairs == "spin" and self.labels == "soft":
+            raise InputError("labels: soft needs a judge, and in spin the data set's response wins; change labels to hard, or pairs.")
+        if self.responses == "rso" and self.pairs in ("best", "spin"):
+            raise InputError(f"pairs: {self.pairs} takes no notice of what rso accepts; change pairs or responses.")
         if (self.loss == "sft" and self.online) != (self.pairs == "best"):
             raise InputError(f"pairs: {self.pairs} does not go with loss {self.loss} on fresh samples; sft takes the best one, "
                              f"all others need pairs.")
@@ -395,6 +404,14 @@ def gathered(*nets):
                 module.set_reshard_after_forward(module is not net, recurse=False)
 
 
+def sharded(net):
+    """The network with each rank's own rows alone in its parameters: after a forward without a gradient the root is whole."""
+    if isinstance(net, FSDPModule):
+        for module in (*net.blocks, net):
+            module.reshard()
+    return net
+
+
 def full(tensor):
     """A parameter as one whole tensor, gathered where it is sharded (a collective call)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -542,6 +559,8 @@ class Trainer:
         needed = self.recipe.has_reference and (cache is None or self.ranks.sum([cache.values is None])[0])
         self.reference = self.load_frozen(s.reference or s.model) if needed else None
         self.judge = self.load_frozen(s.judge or s.model) if judged else None
+        if (s.iterations or 1) > 1 and ([w.shape for w in self.reference.parameters()] != [w.shape for w in self.policy.parameters()]):
+            raise InputError(f"--reference={s.reference}: its weights have other shapes than those of {s.model}, which are to follow.")
         if cache is not None:
             if self.reference is not None:
                 self.fill(cache)
@@ -670,7 +689,9 @@ class Trainer:
             self.optimizer.step()
             self.state["in_a_row"] = 0
         else:
-            self.skip(step, "the loss or its gradient is not finite" if not finite else "all samples of a prompt are the same")
+            undecided = log.means().get("undecided", 0.0)
+            self.skip(step, "the loss or its gradient is not finite" if not finite else
+                      "no pair has a winner" if undecided else "all samples of a prompt are the same")
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -850,7 +871,7 @@ class Trainer:
     @torch.no_grad()
     def ask_judge(self, pairs):
         """Soft labels for rows of a data set that bring none: the judge is frozen, so each row is asked about once."""
-        new = [pair for pair in pairs if pair.p is None]
+        new = list({id(pair): pair for pair in pairs if pair.p is None}.values())      # an epoch's end may stand beside its start
         with gathered(self.judge), model.without_adapters(self.judge):
             verdicts = judge.compare(self.judge, self.data.questioner, [(data.context_text(pair.row.prompt), pair.row.chosen,
                                                                         pair.row.rejected) for pair in new])
@@ -865,7 +886,7 @@ class Trainer:
     @torch.no_grad()
     def reference_from_policy(self):
         """π_t, the opponent and the reference of SPIN's iteration t, is the policy at its start."""
-        for ours, theirs in zip(self.reference.parameters(), self.policy.parameters()):
+        for ours, theirs in zip(sharded(self.reference).parameters(), sharded(self.policy).parameters()):
             ours, theirs = (part.to_local() if hasattr(part, "to_local") else part for part in (ours, theirs))
             ours.copy_(theirs)
 
@@ -934,7 +955,7 @@ class Trainer:
         trained = self.trained()
         tensors = dict(trained)
         if self.new_iterations():             # then the reference is no folder's any more
-            tensors |= {f"reference.{name}": weight for name, weight in self.reference.named_parameters()}
+            tensors |= {f"reference.{name}": weight for name, weight in sharded(self.reference).named_parameters()}
         for name, weight in trained.items():
             for key, value in self.optimizer.state[weight].items():
                 tensors[f"optimizer.{name}.{key}"] = value
