@@ -3,13 +3,16 @@
     out_dir/config.json             the resolved settings, digests of what was read, versions, commit
     out_dir/metrics.jsonl           one object a step
     out_dir/checkpoint/step-N/      sharded safetensors (torch.distributed.checkpoint) and state.json
+    out_dir/rollouts.jsonl          online: each judged pair as a data row; one file a rank
     out_dir/final/                  a Hugging Face folder
+    out_dir/adapter/                with --lora_rank: what was trained of it, as PEFT loads it
 
 Every file that matters is written aside, synced and renamed: at any moment its place holds the old one or the new one.
 A checkpoint counts when its state.json does, which is written last and lists all other files with their sizes. There is no
 pickle. Random numbers need no state: every draw in train.py is a pure function of (seed, step, row).
 """
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -154,9 +157,10 @@ class OutDir:
     def refuse_changes(self, settings):
         # What may change without changing what is computed, but for rounding.
         free = {"out_dir", "resume", "keep", "save_every", "sample_every", "eval_every", "device", "micro_batch_size",
-                "reference_cache", "checkpoint_activations", "replicas", "dry_run", "inputs"}
+                "reference_cache", "checkpoint_activations", "replicas", "dry_run", "device_memory", "inputs"}
+        plain = {field.name: field.default for field in dataclasses.fields(self.settings)}      # for what is newer than the run
         changed = [f"{key} ({self.before.get(key)} → {value})" for key, value in settings.items()
-                   if key not in free and self.before.get(key) != value]
+                   if key not in free and self.before.get(key, plain.get(key)) != value]
         changed = changed or [f"the contents of {path}" for path, contents in settings["inputs"].items()
                               if self.before.get("inputs", {}).get(path) != contents]
         if changed and self.settings.resume != "force":
@@ -465,7 +469,7 @@ class ReferenceCache:
             save_file(self.values, aside)
             os.replace(aside, self.path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"--reference_cache={self.path.parent} cannot be written: {error}.") from None
+            raise InputError(f"--reference_cache={self.path.parent} cannot be written: {reason(error)}.") from None
 
     def attach(self):
         """Give each pair its values; whoever scores it asks there first."""

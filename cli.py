@@ -105,8 +105,10 @@ def kind_name(kind):
     return kind.__name__ if isinstance(kind, type) and typing.get_origin(kind) is None else str(kind)
 
 
-ELSEWHERE = {"learning_rate": "lr", "max_grad_norm": "grad_clip", "max_steps": "steps", "eval_steps": "eval_every",
-             "save_steps": "save_every", "num_return_sequences": "k"}      # what transformers calls them
+ELSEWHERE = {      # what transformers and PEFT call them
+    "learning_rate": "lr", "max_grad_norm": "grad_clip", "max_steps": "steps", "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "micro_batch_size", "eval_steps": "eval_every", "save_steps": "save_every",
+    "gradient_checkpointing": "checkpoint_activations", "lora_r": "lora_rank", "num_return_sequences": "k"}
 
 
 def nearest(key, names):

@@ -83,7 +83,8 @@ def count(net):
 class Job:
     """A run's needs that are not the model's: everything in tokens and bytes."""
     online: bool
-    judged: bool
+    off_policy: bool               # samples are the reference's
+    cached: bool                   # what the reference says is read from --reference_cache
     micro: int                     # prompts that a rank trains on at a time
     responses: int                 # trained on behind each: 1 (sft), 2 (a pair), the K of an online recipe that are in a pair
     prompts: int                   # that a rank samples from in a step
@@ -97,17 +98,24 @@ class Job:
 
 
 def parts(policy, reference, judge_shape, job, ranks, replicas, device):
-    """{name: bytes} of what stands in memory all the time, and {phase: {name: bytes}} of what comes and goes."""
+    """{name: bytes} of what stands in memory all the time, and {phase: {name: bytes}} of what comes and goes.
+
+    reference, judge_shape: the Shapes of these networks or None; the policy's own where they are the policy without its
+    adapters, and one and the same where they are one network.
+    """
     config, S = policy.config, ranks // replicas
     c, m = job.compute.itemsize, job.masters.itemsize
     lora, sharded = policy.adapters > 0, ranks > 1
     trained = policy.adapters if lora else policy.whole
     states = {"adam": 2, "adamw": 2, "rmsprop": 1}[job.optimizer]
+
+    def together(*shapes):                 # parameters of some networks, each counted once
+        return sum(shape.whole for shape in {id(shape): shape for shape in shapes if shape is not None}.values())
+    frozen = (together(policy, reference, judge_shape) - policy.whole) * c / S
     stays = {
         "weights": (policy.whole * c + policy.adapters * m if lora else policy.whole * m) / S,
         "optimizer": states * trained * m / S,
-        "reference": reference.whole * c / S if reference is not None else 0,
-        "judge": judge_shape.whole * c / S if judge_shape is not None else 0,
+        "reference and judge": 0 if job.cached else frozen,
     }
 
     x, y = job.prompt_length, job.response_length
@@ -129,22 +137,24 @@ def parts(policy, reference, judge_shape, job, ranks, replicas, device):
     elif c < m and not lora:
         update["cast weights"] = policy.whole * c                 # float32 masters in the compute type
     phases = {"update": update}
+    if job.cached:          # before the first step of the first such run
+        phases["filling the cache"] = {"reference": frozen, "activations": 2 * config.ffn * N * c}
     if job.online:
-        whole = (policy.whole + (reference.whole if reference is not None else 0)) * c if sharded else 0
-        copy = policy.whole * c if not sharded and c < m and not lora else 0
-        weights = policy.whole * c
-        at_a_time = min(job.prompts, max(int(max(weights, 1 << 30) // ((x + job.k * y) * policy.cache_numbers() * c)), 1))
-        rows = at_a_time * job.k
+        gathered = together(reference if job.off_policy else policy, judge_shape) * c if sharded else 0
+        copy = policy.whole * c if not (sharded or lora or job.off_policy) and c < m else 0
+        most = max(policy.whole * c, 1 << 30)                     # as Trainer.prompts_at_a_time has it
+        at_a_time = min(job.prompts, max(int(most // ((x + job.k * y) * policy.cache_numbers() * c)), 1))
         phases["sampling"] = {
-            "gathered": whole, "cast weights": copy,
+            "gathered": gathered, "cast weights": copy,
             "cache": at_a_time * (2 * x + job.k * y) * policy.cache_numbers() * c,      # a prompt's is laid out once more
-            "logits": rows * config.vocab_size * 4 * 4,           # themselves, sorted, probabilities, their sums
+            "logits": at_a_time * job.k * config.vocab_size * 4 * 4,      # themselves, sorted, probabilities, their sums
         }
-        asker = judge_shape or reference or policy             # the policy with its adapters off
-        tokens = min(judge.FOREST_TOKENS, job.prompts * 2 * job.k * (y + P_TOKENS))
-        if job.judged:
-            phases["judging"] = {"gathered": whole, "cache": 2 * tokens * asker.cache_numbers() * c,
-                                 "activations": tokens * (3 * asker.config.ffn + 6 * asker.config.width) * c}
+    if judge_shape is not None:
+        questions = job.prompts * 2 * (job.k if job.online else 1)
+        tokens = min(judge.FOREST_TOKENS, questions * (x + y + P_TOKENS))
+        gathered = together(reference if job.off_policy else policy if job.online else None, judge_shape) * c if sharded else 0
+        phases["judging"] = {"gathered": gathered, "cache": 2 * tokens * judge_shape.cache_numbers() * c,
+                             "activations": tokens * (3 * judge_shape.config.ffn + 6 * judge_shape.config.width) * c}
     own = stays["weights"] if not lora else policy.adapters * m / S
     state = own + stays["optimizer"]
     phases["saving"] = {"two copies of a file": 2 * min(state, checkpoint.FILE_BYTES) if device == "cpu" else 0}
@@ -163,36 +173,34 @@ def peak(stays, phases):
     return sum(stays.values()) + sum(phases[worst].values()) + LIBRARIES, worst
 
 
-def job_of(s, recipe, compute, context, ranks):
-    """The Job of train.Settings `s` with its recipe, as train.Dataset sets lengths."""
-    online = recipe.online
-    room = context - (P_TOKENS if recipe.loss.startswith("sr-") else 0)
-    length = s.max_length or min(512, room)
-    prompt = s.max_prompt_length or length // 2
-    response = (s.max_tokens or length - min(prompt, length // 2)) if online else length - min(prompt, length - 1)
+def job_of(s, compute, context, ranks):
+    """The Job of train.Settings `s`."""
+    recipe = s.recipes[s.recipe]
+    length, prompt, response = s.lengths(context, P_TOKENS if recipe.loss.startswith("sr-") else 0, 1)
+    if not recipe.online:
+        response = length - min(prompt, length - 1)
     prompts = -(-s.batch_size // ranks)
-    masters = torch.float64 if compute == torch.float64 else torch.float32
-    return Job(online=online, judged=recipe.has_judge, micro=min(s.micro_batch_size, prompts),
+    return Job(online=recipe.online, off_policy=recipe.responses in ("reference", "rso"), cached=bool(s.reference_cache),
+               micro=min(s.micro_batch_size, prompts),
                responses=recipe.pairs_a_prompt(s.k) * (1 if recipe.loss == "sft" else 2), prompts=prompts,
                k=s.candidates or s.k or 1, prompt_length=min(prompt, length - response), response_length=response,
-               compute=compute, masters=masters, optimizer=s.optimizer, recompute=s.checkpoint_activations)
+               compute=compute, masters=torch.float64 if compute == torch.float64 else torch.float32, optimizer=s.optimizer,
+               recompute=s.checkpoint_activations)
 
 
-def estimate(s, recipe, compute, ranks, device):
+def estimate(s, compute, ranks, device):
     """(Shape of the policy, Job, stays, phases) of train.Settings; see `parts`."""
     policy = Shape.of(s.model, s.lora_rank)
-    job = job_of(s, recipe, compute, policy.config.context, ranks)
-
-    def other(folder):                  # the base under the adapters is the reference and the judge
-        return None if s.lora_rank and folder == s.model else Shape.of(folder)
-    reference = other(s.reference or s.model) if recipe.has_reference and not s.reference_cache else None
-    judge_shape = other(s.judge) if recipe.has_judge and s.judge not in (None, s.model, s.reference) else None
-    return policy, job, *parts(policy, reference, judge_shape, job, ranks, s.replicas, device)
+    shapes = {s.model: policy} if s.lora_rank else {}          # the base under the adapters is the reference and the judge
+    for folder in filter(None, s.frozen_folders()):
+        shapes.setdefault(folder, Shape.of(folder))
+    job = job_of(s, compute, policy.config.context, ranks)
+    return policy, job, *parts(policy, *map(shapes.get, s.frozen_folders()), job, ranks, s.replicas, device)
 
 
-def dry_run(s, recipe, compute, ranks, device, available):
+def dry_run(s, compute, ranks, device, available):
     """Print the estimate; InputError where it does not fit into `available` bytes a rank."""
-    policy, job, stays, phases = estimate(s, recipe, compute, ranks, device)
+    policy, job, stays, phases = estimate(s, compute, ranks, device)
     most, worst = peak(stays, phases)
     gib = 2 ** 30
     print(f"{s.model}: {policy.whole:,} parameters" + (f" and {policy.adapters:,} of adapters" if policy.adapters else "") +
@@ -210,14 +218,20 @@ def dry_run(s, recipe, compute, ranks, device, available):
               ", ".join(f"{name} {size / gib:.2f}" for name, size in sizes.items() if size))
     print(f"  {'the most, in ' + worst:<24}{most / gib:8.2f}   of {available / gib:.1f}, the program itself not counted")
     if most > available:
-        fits = [" ".join(f"--{name}={value}" for name, value in change.items()) for change in REMEDIES
-                if peak(*estimate(changed(s, **change), recipe, compute, ranks, device)[2:])[0] <= available]
-        raise InputError(f"{s.recipe} of {s.model} needs {most / gib:.1f} GiB a rank and there are {available / gib:.1f}; " + (
-            f"this would fit: {' or '.join(fits)}." if fits else "more ranks or a smaller model are needed."))
+        for change in REMEDIES:
+            if "lora_rank" in change and (s.lora_rank or (s.iterations or 1) > 1):
+                continue
+            if peak(*estimate(changed(s, **change), compute, ranks, device)[2:])[0] <= available:
+                remedy = "this would fit: " + " ".join(f"--{name}={value}" for name, value in change.items())
+                break
+        else:
+            remedy = "more ranks, shorter texts or a smaller model are needed"
+        raise InputError(f"{s.recipe} of {s.model} needs {most / gib:.1f} GiB a rank and there are {available / gib:.1f}; {remedy}.")
 
 
-REMEDIES = [dict(micro_batch_size=1), dict(checkpoint_activations=True), dict(micro_batch_size=1, checkpoint_activations=True),
-            dict(lora_rank=64), dict(lora_rank=64, micro_batch_size=1, checkpoint_activations=True)]
+# From the cheapest to what changes the training.
+REMEDIES = [dict(micro_batch_size=1), dict(micro_batch_size=1, checkpoint_activations=True), dict(lora_rank=64),
+            dict(lora_rank=64, micro_batch_size=1), dict(lora_rank=64, micro_batch_size=1, checkpoint_activations=True)]
 
 
 def changed(s, **change):

@@ -150,7 +150,7 @@ class Settings:
     data_fraction: float = 1.0               # share of data to train on; shares of one seed are nested
     eval_data: list[str] | None = None       # held-out files of the same form
     eval_every: int = 0                      # steps between evaluations; 0: only at the end
-    out_dir: str = "out"                     # gets config.json, metrics.jsonl, checkpoint/, final/
+    out_dir: str = "out"                     # gets config.json, metrics.jsonl, rollouts.jsonl, checkpoint/, final/, adapter/
     steps: int | None = None                 # updates; default: epochs over the data
     epochs: float = 1.0                      # passes over the data when steps is not given (both papers: 1)
     batch_size: int | None = None            # pairs (offline) or prompts (online) an update, over all ranks; papers: 64; 16
@@ -200,7 +200,8 @@ class Settings:
         plain = {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(self)}
         self.given = {name: getattr(self, name) for name in plain if getattr(self, name) != plain[name]}     # for the toy world
         if self.recipe not in self.recipes:
-            raise InputError(f"--recipe={self.recipe}: choose one of {', '.join(self.recipes)}.")
+            raise InputError(f"--recipe={self.recipe}: choose one of {', '.join(self.recipes)}" + (
+                "; that one is rlhf.py's." if self.recipe in ("reward", "rlhf") else "."))
         for name, value in self.recipes[self.recipe].defaults.items():
             if getattr(self, name) is None and name != "warmup_steps":     # that one waits for the number of steps
                 setattr(self, name, value)
@@ -233,10 +234,41 @@ class Settings:
         if self.lora_rank and (self.iterations or 1) > 1:
             raise InputError(f"--iterations={self.iterations}: the reference under adapters cannot move; use 1, or no "
                              f"--lora_rank.")
+        if (self.iterations or 1) > 1 and self.reference is not None:
+            raise InputError("--reference: spin's reference is the policy at the start of each iteration; leave it out, or use "
+                             "--iterations=1.")
+        for name in ("model", "reference", "judge"):          # "dir/" is "dir": one copy in memory
+            if getattr(self, name):
+                setattr(self, name, os.path.normpath(getattr(self, name)))
         if self.data_fraction > 1:
             raise InputError(f"--data_fraction={self.data_fraction}: a share, at most 1.")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InputError(f"--betas={','.join(map(str, self.betas))}: two numbers in [0, 1).")
+
+    def lengths(self, context, p_length, prefix):
+        """(max_length, max_prompt_length, max_tokens) for a model's context, with a refinement prompt of p_length tokens and a
+        prefix (BOS) of so many."""
+        room = context - p_length
+        if self.max_length is not None and self.max_length > room:
+            raise InputError(f"--max_length={self.max_length}: the model's context of {context} tokens" +
+                             (f" less {p_length} for the refinement prompt" if p_length else "") + f" leaves {room}.")
+        longest = self.max_length or min(512, room)
+        if longest < 3:
+            raise InputError(f"the model's context of {context} tokens leaves no room behind a refinement prompt of {p_length}.")
+        prompt = self.max_prompt_length or longest // 2
+        response = self.max_tokens or longest - min(prompt, longest // 2)
+        if self.recipes[self.recipe].online:         # a prompt keeps what max_tokens leaves, its BOS included
+            room = longest - response - prefix
+            if room < 1:
+                raise InputError(f"--max_tokens={response}: no room for a prompt within --max_length={longest}.")
+            prompt = min(prompt, room)
+        return longest, prompt, response
+
+    def frozen_folders(self):
+        """(the reference's folder, the judge's), each None where the recipe has none."""
+        recipe = self.recipes[self.recipe]
+        return (self.reference or self.model) if recipe.has_reference else None, \
+            (self.judge or self.model) if recipe.has_judge else None
 
     def folders(self):
         """The model folders that the run reads."""
@@ -258,6 +290,8 @@ class Settings:
                  ("delta_scale", recipe.loss == "sr-ipo", "--recipe=sr-ipo"),
                  ("lora_alpha", self.lora_rank > 0, "--lora_rank"),
                  ("device_memory", self.dry_run, "--dry_run"),
+                 ("epochs", self.steps is None, "the number of --steps to follow from it; leave one of them out"),
+                 ("toy_family", self.model is None, "the toy world, which runs without --model"),
                  ("k temperature top_p max_tokens prompts", online, "an online recipe"),
                  ("sample_every", online and recipe.has_judge, "an online recipe with a judge"),
                  ("judge", recipe.has_judge, "a recipe with a judge"),
@@ -291,7 +325,11 @@ class Ranks:
         """Join the process group, where torchrun started more than one process."""
         rank, size, local = (int(os.environ.get(name, default)) for name, default in
                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if size > 1 and "RANK" not in os.environ:
+            raise InputError(f"WORLD_SIZE is {size}, but torchrun did not start this process; unset it, or use torchrun.")
         device = sample.pick_device(device)
+        if device.startswith("cuda:") and size > 1:
+            raise InputError(f"--device={device}: {size} ranks take a card each; use --device=cuda.")
         if device == "cuda" and size > 1:
             device = f"cuda:{local}"
             torch.cuda.set_device(device)
@@ -370,7 +408,7 @@ class Ranks:
     def mesh(self, replicas):
         """Which ranks share one copy of the weights: all of them, or (replicas, shards), neighbours together."""
         if self.size % replicas:
-            raise InputError(f"--replicas={replicas}: {self.size} ranks cannot be split into so many equal groups.")
+            raise InputError(f"--replicas={replicas}: the number of processes, {self.size}, is no multiple of it.")
         shape, names = ((self.size,), ("shard",)) if replicas == 1 else ((replicas, self.size // replicas), ("replica", "shard"))
         return init_device_mesh(self.device.split(":")[0], shape, mesh_dim_names=names)
 
@@ -444,20 +482,7 @@ class Dataset:
         chat = data.check_chat(tokenizer, s.chat)
         refined = s.refinement_prompt if recipe.loss.startswith("sr-") else None
         p_length = len(tokenizer.encode(refined)) if refined else 0
-        room = context - p_length
-        if s.max_length is not None and s.max_length > room:
-            raise InputError(f"--max_length={s.max_length}: the model's context of {context} tokens" +
-                             (f" less {p_length} for the refinement prompt" if refined else "") + f" leaves {room}.")
-        self.max_length = s.max_length or min(512, room)
-        if self.max_length < 3:
-            raise InputError(f"the model's context of {context} tokens leaves no room behind a refinement prompt of {p_length}.")
-        self.max_prompt_length = s.max_prompt_length or self.max_length // 2
-        self.max_tokens = s.max_tokens or self.max_length - min(self.max_prompt_length, self.max_length // 2)
-        if self.online:         # a prompt keeps what max_tokens leaves, its BOS included
-            room = self.max_length - self.max_tokens - len(tokenizer.prefix(False))
-            if room < 1:
-                raise InputError(f"--max_tokens={self.max_tokens}: no room for a prompt within --max_length={self.max_length}.")
-            self.max_prompt_length = min(self.max_prompt_length, room)
+        self.max_length, self.max_prompt_length, self.max_tokens = s.lengths(context, p_length, len(tokenizer.prefix(False)))
         self.limits = dict(chat=chat, max_length=self.max_length, max_prompt_length=self.max_prompt_length,
                            refinement_prompt=refined)
         if s.recipe == "judge":          # its sequences are the instructions
@@ -548,19 +573,17 @@ class Trainer:
         self.policy.compute_dtype = self.dtype
         self.tokenizer = sample.matching_tokenizer(s.model, self.policy.config)
         context = self.policy.config.context
-        judged = self.recipe.has_judge
-        judge_context = model.read_config(s.judge or s.model).context if judged else context
+        reference, judge_folder = s.frozen_folders()
+        judge_context = model.read_config(judge_folder).context if judge_folder else context
         self.data = Dataset(s, self.tokenizer, context, judge_context, self.say)
         # The reference is read in the compute type: at step 0 it computes what the policy computes, bit for bit.
         refined = self.recipe.loss.startswith("sr-")
         cache = (checkpoint.ReferenceCache(s, self.dtype, self.data.rows + (self.data.held_out or []), refined)
                  if s.reference_cache else None)
         self.frozen = {s.model: self.policy} if s.lora_rank else {}        # with its adapters off it is the reference
-        needed = self.recipe.has_reference and (cache is None or self.ranks.sum([cache.values is None])[0])
-        self.reference = self.load_frozen(s.reference or s.model) if needed else None
-        self.judge = self.load_frozen(s.judge or s.model) if judged else None
-        if (s.iterations or 1) > 1 and ([w.shape for w in self.reference.parameters()] != [w.shape for w in self.policy.parameters()]):
-            raise InputError(f"--reference={s.reference}: its weights have other shapes than those of {s.model}, which are to follow.")
+        needed = reference and (cache is None or self.ranks.sum([cache.values is None])[0])
+        self.reference = self.load_frozen(reference) if needed else None
+        self.judge = self.load_frozen(judge_folder) if judge_folder else None
         if cache is not None:
             if self.reference is not None:
                 self.fill(cache)
@@ -569,6 +592,8 @@ class Trainer:
 
         self.places = s.steps * s.batch_size if s.steps else math.ceil(len(self.data) * s.epochs)
         self.steps = s.steps or math.ceil(self.places / s.batch_size)
+        if (s.iterations or 1) > self.steps:
+            raise InputError(f"--iterations={s.iterations}: more than the run's {self.steps} steps.")
         warmup = self.recipe.defaults["warmup_steps"]
         self.warmup = s.warmup_steps if s.warmup_steps is not None else min(warmup, self.steps // 10)
         self.optimizer = self.make_optimizer()
@@ -706,7 +731,8 @@ class Trainer:
         if self.state["in_a_row"] >= SKIPS:
             kept = [path.name for path in self.out.checkpoints()]
             raise InputError(f"step {step + 1}: {why}, for {SKIPS} steps in a row; the run stops" + (
-                f" and keeps {kept[-1]}." if kept else ".") + " A lower --lr or --grad_clip, or a larger --beta, may help.")
+                f" and keeps {kept[-1]}." if kept else ".") + (
+                " A lower --lr or --grad_clip may help." if "finite" in why else ""))
 
     def go_on(self):
         """Between two parts of a step: raise Dropped on all ranks when one of them was asked to stop and whoever asked will
@@ -767,6 +793,8 @@ class Trainer:
             else:
                 with model.without_adapters(self.reference):
                     reference = losses.logprobs(self.reference, forest, starts).view(-1, 2)
+                if self.reference is not self.policy:
+                    sharded(self.reference)                # its root would stay whole, for no backward follows
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             policy = losses.logprobs(self.policy, forest, starts).view(-1, 2).unbind(1)
         reference = reference.to(policy[0]).unbind(1)
@@ -778,12 +806,15 @@ class Trainer:
         pairs, size, n = cache.pairs, self.settings.micro_batch_size, len(cache.pairs)
         line = cli.StepLine(n, "reference", enabled=self.ranks.rank == 0)
         cache.values = {query: torch.zeros(n, 2, dtype=torch.float64) for query in cache.queries}
-        with gathered(self.reference), model.without_adapters(self.reference):
-            for start in range(self.ranks.rank * size, n, self.ranks.size * size):
-                part = slice(start, start + size)
-                for query, values in cache.values.items():
-                    values[part] = losses.logprobs(self.reference, *pack_pairs(pairs[part], query)).view(-1, 2).cpu().double()
+        with model.without_adapters(self.reference):
+            for start in range(0, n, self.ranks.size * size):
+                first = start + self.ranks.rank * size
+                part = slice(first, first + size)
+                for query, values in cache.values.items():       # a rank without pairs takes part in gathering all the same
+                    found = losses.logprobs(self.reference, *pack_pairs(pairs[part] or pairs[:1], query)).view(-1, 2)
+                    values[part] = found.cpu().double()[:len(pairs[part])]
                 line.update(min(start + self.ranks.size * size, n))
+            sharded(self.reference)
         for values in cache.values.values():
             self.ranks.add_up(values)
         self.ranks.on_first(cache.write)
@@ -940,11 +971,13 @@ class Trainer:
         log = self.new_log()
         rows = self.data.held_out[self.ranks.rank::self.ranks.size]
         size = self.settings.micro_batch_size
-        with gathered(*(net for net in (self.policy, self.reference) if net is not None)):
-            for i in range(0, self.ranks.largest(len(rows)), size):
-                self.go_on()
-                if rows[i:i + size]:
-                    self.objective(rows[i:i + size], log)
+        for i in range(0, self.ranks.largest(len(rows)), size):
+            self.go_on()
+            if rows[i:i + size]:
+                self.objective(rows[i:i + size], log)
+            else:
+                self.nothing()
+        sharded(self.policy)
         return {f"eval_{name}": value for name, value in log.means().items()}
 
     # -- on disk -------------------------------------------------------------------------------------------------------
@@ -1107,21 +1140,24 @@ def pick_dtype(name, device):
 
 def dry_run(settings):
     """Say what a rank needs of memory, with as many ranks as WORLD_SIZE or torchrun says; no process group, no weights."""
-    s, ranks, here = settings, int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    s, given = settings, os.environ.get("WORLD_SIZE", "1")
     if s.model is None:
         raise InputError("--dry_run needs a model: --model=DIR.")
+    if not given.isdigit() or int(given) < 1:
+        raise InputError(f"WORLD_SIZE={given}: a number of processes.")
+    ranks = int(given)
     if ranks % s.replicas:
-        raise InputError(f"--replicas={s.replicas}: {ranks} ranks cannot be split into so many equal groups.")
-    device = sample.pick_device(s.device) if s.device != "auto" or s.device_memory is None else "cuda"
-    if s.device_memory is not None:
-        available = s.device_memory * 2 ** 30
-    elif device == "cuda":
-        available = torch.cuda.get_device_properties(0).total_memory
+        raise InputError(f"--replicas={s.replicas}: the number of processes, {ranks}, is no multiple of it.")
+    if s.device_memory is not None:                   # another machine's
+        device, available = "cpu" if s.device == "cpu" else "cuda", s.device_memory * 2 ** 30
     else:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / here
+        device = sample.pick_device(s.device).split(":")[0]
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        available = (torch.cuda.get_device_properties(0).total_memory if device == "cuda" else
+                     os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / here)
     compute = torch.bfloat16 if s.dtype == "auto" and device == "cuda" else pick_dtype(s.dtype, device)
     if int(os.environ.get("RANK", 0)) == 0:
-        memory.dry_run(s, RECIPES[s.recipe], compute, ranks, device, available)
+        memory.dry_run(s, compute, ranks, device, available)
 
 
 def leave_with(parent):

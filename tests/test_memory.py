@@ -78,7 +78,7 @@ def test_what_fits_on_one_card_of_80_gib(tmp_path, capsys, monkeypatch):
     assert dry(capsys, monkeypatch, folder, recipe="dpo", device_memory=80, ranks=8)[0] == 0
     assert dry(capsys, monkeypatch, folder, recipe="osp", device_memory=80, ranks=8)[0] == 0
     code, _, error = dry(capsys, monkeypatch, folder, recipe="dpo", device_memory=2)
-    assert code == 1 and "more ranks or a smaller model" in error
+    assert code == 1 and "more ranks, shorter texts" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mistral"]
 
 
@@ -89,7 +89,7 @@ def test_a_headers_mistake_is_found_before_the_job(tmp_path, capsys, monkeypatch
     assert code == 1 and "model.safetensors" in error and "[5632, 2048]" in error and "[5000, 2048]" in error
     code, _, error = tiny.command(train, capsys, monkeypatch, "--dry_run")
     assert code == 1 and "--dry_run needs a model" in error
-    assert dry(capsys, monkeypatch, folder, recipe="dpo", replicas=2)[2].startswith("error: --replicas=2: 1 ranks")
+    assert dry(capsys, monkeypatch, folder, recipe="dpo", replicas=2)[2].startswith("error: --replicas=2: the number of processes, 1,")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,7 +97,7 @@ def test_a_headers_mistake_is_found_before_the_job(tmp_path, capsys, monkeypatch
 def test_a_block_keeps_what_the_estimate_says(family, dtype):
     """Bytes saved for the gradient by three layers less those by two, over one forest of several query blocks; within 5 %."""
     forest = data.pack([[5] * 200 + [6] * 300, [5] * 200 + [7] * 300])
-    job = memory.Job(False, False, 1, 2, 1, 7, 200, 300, dtype, torch.float32, "adam", False)
+    job = memory.Job(False, False, False, 1, 2, 1, 7, 200, 300, dtype, torch.float32, "adam", False)
     sizes = dict(hidden_size=256, intermediate_size=704, num_attention_heads=4)
 
     def saved(layers):
@@ -128,13 +128,13 @@ def test_lengths_are_those_of_a_run(tmp_path):
                   dict(recipe="osp"), dict(recipe="dpo", max_length=96, max_prompt_length=20)):
         s = train.Settings(model=folder, data=[file], out_dir=str(tmp_path / "out"), **given)
         ours = train.Trainer(s).data
-        job = memory.job_of(s, train.RECIPES[s.recipe], torch.float32, 512, 1)
+        job = memory.job_of(s, torch.float32, 512, 1)
         if ours.online:
             assert job.response_length == ours.max_tokens
             assert job.prompt_length + job.response_length <= ours.max_length
         else:
             assert (job.prompt_length, job.prompt_length + job.response_length) == (ours.max_prompt_length, ours.max_length)
-    assert memory.job_of(s, train.RECIPES["dpo"], torch.float32, 512, 16).micro == 4       # 64 pairs on 16 ranks
+    assert memory.job_of(s, torch.float32, 512, 16).micro == 4       # 64 pairs on 16 ranks
 
 
 MEASURE = """
@@ -173,7 +173,7 @@ def test_the_estimate_beside_the_truth(ranks, given, tmp_path):
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     s = train.Settings(**given)
-    *_, stays, phases = memory.estimate(s, train.RECIPES[s.recipe], torch.float32, ranks, "cpu")
+    *_, stays, phases = memory.estimate(s, torch.float32, ranks, "cpu")
     said, _ = memory.peak(stays, phases)
     for rank in range(ranks):
         measured = int((tmp_path / f"peak.{rank}").read_text())
