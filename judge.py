@@ -219,7 +219,8 @@ def rejection_sample(strengths, k, beta, generator):
     while left and len(accepted) < k:
         best, round_of = max(float(strengths[i]) for i in left), list(left)
         for i in round_of:
-            if len(accepted) < k and not generator.random() >= math.exp((float(strengths[i]) - best) / beta):      # NaN: accepted
+            # Refused by >=, so that NaN is accepted: else a judge that is not finite would be asked for ever.
+            if len(accepted) < k and not generator.random() >= math.exp((float(strengths[i]) - best) / beta):
                 accepted.append(i)
                 left.remove(i)
     return accepted
@@ -229,9 +230,10 @@ def rejection_sample(strengths, k, beta, generator):
 def label(net, questioner, contexts, responses, pairing=lambda strengths, prompt: ranked_pairs(strengths)):
     """Algorithm 1's inner part for P prompts: rank K responses each, pair them, judge each pair directly.
 
-    contexts: P texts; responses: P lists of K texts; pairing(strengths (K,), number of the prompt) -> [(winner, loser)] -> (P lists of (winner, loser, p), P lists of K strengths,
-    comparisons made, those of them cut, questions that are off: see Verdicts). At K = 7 that is 2·(7 + 3) = 20 judge sequences a prompt; the pairs' ones go on
-    where those against the empty response have the same front, so context and first response are read once.
+    contexts: P texts; responses: P lists of K texts; pairing(strengths (K,), number of the prompt) -> [(winner,
+    loser)]. Returns (P lists of (winner, loser, p), P lists of K strengths, comparisons made, those of them cut, questions
+    that are off: see Verdicts). At K = 7 that is 2·(7 + 3) = 20 judge sequences a prompt; the pairs' ones go on where
+    those against the empty response have the same front, so context and first response are read once.
     """
     def asked(context, pairs):
         return [questioner.both_orders(context, first, second) for first, second in pairs]

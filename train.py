@@ -93,14 +93,15 @@ class Recipe:
         if (self.loss == "sft") != (self.labels is None):
             raise InputError(f"labels: {self.labels} does not go with loss {self.loss}; sft takes none, all others need them.")
         if self.online == (self.pairs in ("dataset", None)):
-            raise InputError(f"pairs: {self.pairs} cannot be made of responses from {self.responses}; change pairs or responses.")
+            raise InputError(f"pairs: {self.pairs} cannot be made of responses from {self.responses}; change one of "
+                             "them.")
         if self.pairs == "spin" and self.labels == "soft":
-            raise InputError("labels: soft needs a judge, and in spin the data set's response wins; change labels to hard, or pairs.")
+            raise InputError("labels: soft needs a judge, and in spin the data set's response wins; change labels or pairs.")
         if self.responses == "rso" and self.pairs in ("best", "spin"):
             raise InputError(f"pairs: {self.pairs} takes no notice of what rso accepts; change pairs or responses.")
         if (self.loss == "sft" and self.online) != (self.pairs == "best"):
-            raise InputError(f"pairs: {self.pairs} does not go with loss {self.loss} on fresh samples; sft takes the best one, all "
-                             f"others need pairs.")
+            raise InputError(f"pairs: {self.pairs} does not go with loss {self.loss} on fresh samples; sft takes the best one, "
+                             f"all others need pairs.")
 
 
 RECIPES = {
@@ -213,7 +214,8 @@ class Settings:
                 raise InputError(f"--{name}={getattr(self, name)}: choose one of {', '.join(allowed)}.")
         at_least = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "keep": 1, "max_tokens": 1, "max_length": 3,
                     "max_prompt_length": 1, "eval_every": 0, "save_every": 0, "sample_every": 0, "warmup_steps": 0,
-                    "seed": 0, "k": 1, "iterations": 1, "candidates": 1, "lam": 0, "weight_decay": 0, "grad_clip": 0, "lora_rank": 0, "replicas": 1}
+                    "seed": 0, "k": 1, "iterations": 1, "candidates": 1, "lam": 0, "weight_decay": 0,
+                    "grad_clip": 0, "lora_rank": 0, "replicas": 1}
         for name, least in at_least.items():
             if getattr(self, name) is not None and not least <= getattr(self, name) < math.inf:
                 raise InputError(f"--{name}={getattr(self, name)}: must be at least {least}.")
@@ -230,7 +232,8 @@ class Settings:
             if self.candidates < self.k:
                 raise InputError(f"--candidates={self.candidates}: fewer than the --k={self.k} that are to be accepted.")
         if self.lora_rank and (self.iterations or 1) > 1:
-            raise InputError(f"--iterations={self.iterations}: the reference under adapters cannot move; use 1, or no --lora_rank.")
+            raise InputError(f"--iterations={self.iterations}: the reference under adapters cannot move; use 1, or no "
+                             f"--lora_rank.")
         if self.data_fraction > 1:
             raise InputError(f"--data_fraction={self.data_fraction}: a share, at most 1.")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
@@ -557,8 +560,10 @@ class Trainer:
         needed = self.recipe.has_reference and (cache is None or self.ranks.sum([cache.values is None])[0])
         self.reference = self.load_frozen(s.reference or s.model) if needed else None
         self.judge = self.load_frozen(s.judge or s.model) if judged else None
-        if (s.iterations or 1) > 1 and ([w.shape for w in self.reference.parameters()] != [w.shape for w in self.policy.parameters()]):
-            raise InputError(f"--reference={s.reference}: its weights have other shapes than those of {s.model}, which are to follow.")
+        if (s.iterations or 1) > 1 and ([weight.shape for weight in self.reference.parameters()] !=
+                                        [weight.shape for weight in self.policy.parameters()]):
+            raise InputError(f"--reference={s.reference}: its weights have other shapes than those of {s.model}, which are "
+                             f"to follow.")
         if cache is not None:
             if self.reference is not None:
                 self.fill(cache)
@@ -741,7 +746,8 @@ class Trainer:
             p = torch.tensor([1.0 if pair.p is None else pair.p for pair in pairs], device=margin.device, dtype=margin.dtype)
             log.add("p", p)
             log.add("p_hat", losses.strength_hat(margin, s.beta))
-        if self.recipe.responses == "policy" and torch.is_grad_enabled():      # over the fresh samples in a pair; an odd K's median is in none
+        if self.recipe.responses == "policy" and torch.is_grad_enabled():
+            # Over the fresh samples in a pair; an odd K's median is in none.
             log.add("kl", torch.cat(policy) - torch.cat(reference))
         values = PAIR_LOSSES[self.recipe.loss](margin, delta, p, s)
         for name, value in (("loss", values), ("margin", margin), ("accuracy", losses.correct(margin)),
@@ -853,21 +859,23 @@ class Trainer:
         return choose
 
     def worth_learning(self, pairs, log):
-        """The pairs that teach something, with hard labels made of p where the recipe has them: the judge's direct verdict names
-        the winner, and p = ½ names none. Two times the same response teaches nothing."""
+        """The pairs that teach something, with hard labels made of p where the recipe has them: the judge's direct verdict
+        names the winner, and p = ½ names none. Two times the same response teaches nothing."""
         alike = [pair.chosen == pair.rejected for pair in pairs]
         log.add("identical", torch.tensor([float(same) for same in alike]))
         pairs = [pair for pair, same in zip(pairs, alike) if not same]
         if self.recipe.labels == "hard":
             log.add("undecided", torch.tensor([float(pair.p == 0.5) for pair in pairs]))
             pairs = [dataclasses.replace(pair, p=1.0) if pair.p > 0.5 else
-                     dataclasses.replace(pair, p=1.0, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs if pair.p != 0.5]
+                     dataclasses.replace(pair, p=1.0, chosen=pair.rejected, rejected=pair.chosen)
+                     for pair in pairs if pair.p != 0.5]
         return pairs
 
     @torch.no_grad()
     def ask_judge(self, pairs):
         """Soft labels for rows of a data set that bring none: the judge is frozen, so each row is asked about once."""
-        new = list({id(pair): pair for pair in pairs if pair.p is None}.values())      # an epoch's end may stand beside its start
+        # By id: where an epoch ends and the next begins, a row may come twice.
+        new = list({id(pair): pair for pair in pairs if pair.p is None}.values())
         with gathered(self.judge), model.without_adapters(self.judge):
             verdicts = judge.compare(self.judge, self.data.questioner, [(data.context_text(pair.row.prompt), pair.row.chosen,
                                                                         pair.row.rejected) for pair in new])
@@ -887,8 +895,8 @@ class Trainer:
             ours.copy_(theirs)
 
     def respond(self, net, step, share):
-        """A gathered network's K responses (for rso: its candidates) to each of this rank's prompts [(place, row)]: lists of K sample.Sample, a pure
-        function of (seed, step, place)."""
+        """A gathered network's K responses (for rso: its candidates) to each of this rank's prompts [(place, row)]: lists of K
+        sample.Sample, a pure function of (seed, step, place)."""
         s, samples = self.settings, []
         net = model.cast(net, self.dtype)
         size = -self.ranks.largest(-self.prompts_at_a_time(share))        # prompts differ: the ranks must go on together
