@@ -219,7 +219,8 @@ def rejection_sample(strengths, k, beta, generator):
     while left and len(accepted) < k:
         best, round_of = max(float(strengths[i]) for i in left), list(left)
         for i in round_of:
-            if len(accepted) < k and not generator.random() >= math.exp((float(strengths[i]) - best) / beta):      # NaN: accepted
+            # Refused by >=, so that NaN is accepted: else a judge that is not finite would be asked for ever.
+            if len(accepted) < k and not generator.random() >= math.exp((float(strengths[i]) - best) / beta):
                 accepted.append(i)
                 left.remove(i)
     return accepted

@@ -93,9 +93,10 @@ class Recipe:
         if (self.loss == "sft") != (self.labels is None):
             raise InputError(f"labels: {self.labels} does not go with loss {self.loss}; sft takes none, all others need them.")
         if self.online == (self.pairs in ("dataset", None)):
-            raise InputError(f"pairs: {self.pairs} cannot be made of responses from {self.responses}; change pairs or responses.")
+            raise InputError(f"pairs: {self.pairs} cannot be made of responses from {self.responses}; change one of "
+                             "them.")
         if self.pairs == "spin" and self.labels == "soft":
-            raise InputError("labels: soft needs a judge, and in spin the data set's response wins; change labels to hard, or pairs.")
+            raise InputError("labels: soft needs a judge, and in spin the data set's response wins; change labels or pairs.")
         if self.responses == "rso" and self.pairs in ("best", "spin"):
             raise InputError(f"pairs: {self.pairs} takes no notice of what rso accepts; change pairs or responses.")
         if (self.loss == "sft" and self.online) != (self.pairs == "best"):
@@ -887,8 +888,8 @@ class Trainer:
         return choose
 
     def worth_learning(self, pairs, log):
-        """The pairs that teach something, with hard labels made of p where the recipe has them: the judge's direct verdict names
-        the winner, and p = ½ names none. Two times the same response teaches nothing."""
+        """The pairs that teach something, with hard labels made of p where the recipe has them: the judge's direct verdict
+        names the winner, and p = ½ names none. Two times the same response teaches nothing."""
         alike = [pair.chosen == pair.rejected for pair in pairs]
         log.add("identical", torch.tensor([float(same) for same in alike]))
         pairs = [pair for pair, same in zip(pairs, alike) if not same]
@@ -902,7 +903,8 @@ class Trainer:
     @torch.no_grad()
     def ask_judge(self, pairs):
         """Soft labels for rows of a data set that bring none: the judge is frozen, so each row is asked about once."""
-        new = list({id(pair): pair for pair in pairs if pair.p is None}.values())      # an epoch's end may stand beside its start
+        # By id: where an epoch ends and the next begins, a row may come twice.
+        new = list({id(pair): pair for pair in pairs if pair.p is None}.values())
         with gathered(self.judge), model.without_adapters(self.judge):
             verdicts = judge.compare(self.judge, self.data.questioner, [(data.context_text(pair.row.prompt), pair.row.chosen,
                                                                         pair.row.rejected) for pair in new])
