@@ -593,7 +593,7 @@ class Trainer:
 
         self.places = s.steps * s.batch_size if s.steps else math.ceil(len(self.data) * s.epochs)
         self.steps = s.steps or math.ceil(self.places / s.batch_size)
-        if (s.iterations or 1) > self.steps:
+        if "iterations" in s.given and s.iterations > self.steps:
             raise InputError(f"--iterations={s.iterations}: more than the run's {self.steps} steps.")
         warmup = self.recipe.defaults["warmup_steps"]
         self.warmup = s.warmup_steps if s.warmup_steps is not None else min(warmup, self.steps // 10)

@@ -464,10 +464,17 @@ def test_spins_iterations(world, tmp_path, monkeypatch):
     assert torch.equal(kept, seen[5][0])
 
 
-@pytest.mark.parametrize("steps, iterations, begins", [(7, 3, [3, 5]), (9, 3, [3, 6]), (4, 1, []), (2, 2, [1]), (1, 3, [])])
+@pytest.mark.parametrize("steps, iterations, begins", [(7, 3, [3, 5]), (9, 3, [3, 6]), (4, 1, []), (2, 2, [1])])
 def test_spins_boundaries(steps, iterations, begins, world, tmp_path):
     trainer = trainer_of(world, tmp_path, recipe="spin", steps=steps, iterations=iterations)
     assert sorted({step for step in trainer.new_iterations() if step < steps}) == begins
+
+
+def test_more_iterations_than_steps_are_refused(world, tmp_path):
+    """Each step against itself would learn nothing that lasts; where nobody typed a number, there are as many as fit."""
+    with pytest.raises(InputError, match="--iterations=3: more than the run's 2 steps"):
+        trainer_of(world, tmp_path, recipe="spin", steps=2, iterations=3)
+    assert trainer_of(world, tmp_path, recipe="spin", steps=2).new_iterations()
 
 
 def test_spin_under_adapters_has_one_iteration(world, tmp_path):
@@ -480,10 +487,11 @@ def test_spin_under_adapters_has_one_iteration(world, tmp_path):
 
 
 def test_spins_opponent_can_become_the_policy(world, tmp_path):
-    """A reference of another shape is named before the first step, not at the first boundary."""
-    wide = tiny.folder(tmp_path / "wide", scale=1.0, vocab_size=421, intermediate_size=64)
-    with pytest.raises(InputError, match=f"--reference={wide}"):
-        trainer_of(world, tmp_path / "out", recipe="spin", reference=str(wide))
+    """A reference of its own would be thrown away at the first boundary: it is refused, but for a single iteration."""
+    other = str(tiny.folder(tmp_path / "other", scale=1.0, vocab_size=421, intermediate_size=64))
+    with pytest.raises(InputError, match="--reference: spin's reference is the policy"):
+        trainer_of(world, tmp_path / "out", recipe="spin", reference=other)
+    assert trainer_of(world, tmp_path / "out", recipe="spin", reference=other, iterations=1).new_iterations() == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -661,7 +661,7 @@ def test_a_setting_with_effect_passes():
     used |= {name: used["osp"] for name in ("osp-dpo", "osp-ipo", "random-pairs", "self-rewarding", "sft-sampling")}
     used |= {"raft": {key: value for key, value in used["osp"].items() if key not in ("beta", "reference")},
              "spin": {key: value for key, value in used["osp"].items() if "judge" not in key and key != "sample_every"} |
-             dict(iterations=2), "rso": dict(used["osp"], candidates=9, rso_beta=0.5),
+             dict(iterations=1), "rso": dict(used["osp"], candidates=9, rso_beta=0.5),
              "sr-spce": dict(used["osp"], lam=0.7, refinement_prompt="q"),
              "offline-soft": dict(pairs, judge="j", judge_task="summary")}
     assert used.keys() > train.RECIPES.keys()
