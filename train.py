@@ -637,7 +637,7 @@ class Trainer:
     def trained(self):
         """{network.name: trained weight}."""
         return {f"{network}.{name}": weight for network, net in self.networks().items()
-                for name, weight in net.named_parameters() if weight.requires_grad}
+                for name, weight in sharded(net).named_parameters() if weight.requires_grad}
 
     def make_optimizer(self):
         s, parameters = self.settings, list(self.trained().values())
@@ -979,7 +979,7 @@ class Trainer:
                 self.objective(rows[i:i + size], log)
             else:
                 self.nothing()
-        sharded(self.policy)
+        sharded(self.policy)               # no backward follows that would do so
         return {f"eval_{name}": value for name, value in log.means().items()}
 
     # -- on disk -------------------------------------------------------------------------------------------------------

@@ -322,7 +322,7 @@ def process(given, ranks, faults, capsys, monkeypatch):
     return code, said + error
 
 
-@pytest.mark.parametrize("ranks, recipe", [(1, "osp"), (1, "dpo"), (2, "osp")])
+@pytest.mark.parametrize("ranks, recipe", [(1, "osp"), (1, "dpo"), pytest.param(2, "osp", marks=pytest.mark.slow)])
 def test_a_full_disk(ranks, recipe, world, whole, disk, capsys, monkeypatch):
     """Full while saving, while adding lines, while writing final/: status 1 and one sentence with what, why and the
     checkpoint that is kept. When there is room again the same command goes on, and ends with the same bits."""
@@ -401,7 +401,7 @@ def test_an_out_dir_without_permission(world, tmp_path, capsys, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # torchrun
 
-@pytest.mark.parametrize("resume, rank", [("auto", 1), ("never", 0)])
+@pytest.mark.parametrize("resume, rank", [("auto", 1), pytest.param("never", 0, marks=pytest.mark.slow)])
 def test_torchrun_restarts_a_killed_rank(resume, rank, world, whole, tmp_path):
     """--max-restarts=1: the second try goes on from the first one's checkpoint, also where the first was told to start over."""
     if resume == "never":
