@@ -101,6 +101,7 @@ class OutDir:
             yield
 
     def lock(self, stack, shared=False):
+        """Hold .lock until `stack` is closed, alone or with the other ranks; InputError where another run holds it."""
         try:
             if self.lock_file is None or self.lock_file.closed:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -155,6 +156,7 @@ class OutDir:
             print(text, flush=True)
 
     def refuse_changes(self, settings):
+        """Name the settings and inputs that are not those of the run that out_dir holds."""
         # What may change without changing what is computed, but for rounding.
         free = {"out_dir", "resume", "keep", "save_every", "sample_every", "eval_every", "device", "micro_batch_size",
                 "reference_cache", "checkpoint_activations", "replicas", "dry_run", "device_memory", "inputs"}
@@ -236,6 +238,7 @@ class OutDir:
             raise InputError(f"the checkpoint {place} cannot be written: {reason(error)}; {self.kept()}") from None
 
     def drop_old(self):
+        """Remove the checkpoints behind the last --keep ones."""
         for old in self.checkpoints()[:-self.settings.keep]:
             discard(old)
 

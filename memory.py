@@ -30,8 +30,7 @@ HOLES = {"cpu": 0.2, "cpu, sharded": 0.35, "cpu, adapters": 0.5, "cuda": 0.1}
 
 @dataclass
 class Shape:
-    """What a network's memory follows from: parameters in all, in the largest block, outside of the blocks; bytes a token
-    of its activations' gradient needs."""
+    """What a network's memory follows from: parameters in all, of a block, outside of the blocks, and of adapters."""
     config: model.Config
     whole: int
     block: int
@@ -97,6 +96,28 @@ class Job:
     recompute: bool
 
 
+def update_needs(policy, job, gradients, sharded):
+    """{name: bytes} of what comes and goes in a micro-batch's forward and backward pass; gradients: bytes of a rank's."""
+    config, lora, c, m = policy.config, policy.adapters > 0, job.compute.itemsize, job.masters.itemsize
+    N = job.micro * (job.prompt_length + job.responses * job.response_length)
+    logits = min(job.micro * job.responses * job.response_length, losses.HEAD_CHUNK) * config.vocab_size
+    per_block = policy.saved_numbers(job.compute, keys_gathered(job))
+    # With recomputation each block keeps its input, and one block at a time keeps everything.
+    kept = config.layers * config.width + per_block if job.recompute else config.layers * per_block
+    update = {
+        "gradients": gradients,
+        "activations": kept * N * c,
+        "logits": logits * (4 + 4 + 4 + c * (c < 4)),             # themselves, their softmax, its gradient
+        # gradients on their way through an MLP, and the largest weight's before it is added to what stands there
+        "backward": 4 * max(config.ffn, config.width) * N * c + 2 * config.vocab_size * config.width * m * (not lora),
+    }
+    if sharded:       # two blocks at a time, the root all along: a buffer and the weights that are copied from it; gradients
+        update["gathered"] = 2 * (2 * policy.block + policy.root) * c + (policy.block + policy.root) * (c + 4) * (not lora)
+    elif c < m and not lora:
+        update["cast weights"] = policy.whole * c                 # float32 masters in the compute type
+    return update
+
+
 def parts(policy, reference, judge_shape, job, ranks, replicas, device):
     """{name: bytes} of what stands in memory all the time, and {phase: {name: bytes}} of what comes and goes.
 
@@ -111,34 +132,20 @@ def parts(policy, reference, judge_shape, job, ranks, replicas, device):
 
     def together(*shapes):                 # parameters of some networks, each counted once
         return sum(shape.whole for shape in {id(shape): shape for shape in shapes if shape is not None}.values())
-    frozen = (together(policy, reference, judge_shape) - policy.whole) * c / S
+    frozen = (together(policy, None if job.cached else reference, judge_shape) - policy.whole) * c / S
     stays = {
         "weights": (policy.whole * c + policy.adapters * m if lora else policy.whole * m) / S,
         "optimizer": states * trained * m / S,
-        "reference and judge": 0 if job.cached else frozen,
+        "reference and judge": frozen,
     }
 
-    x, y = job.prompt_length, job.response_length
-    N = job.micro * (x + job.responses * y)
-    logits = min(job.micro * job.responses * y, losses.HEAD_CHUNK) * config.vocab_size
-    per_block = policy.saved_numbers(job.compute, keys_gathered(job))
-    # With recomputation each block keeps its input, and one block at a time keeps everything.
-    kept = config.layers * config.width + per_block if job.recompute else config.layers * per_block
     tensor = config.vocab_size * config.width                         # numbers of the largest weight
-    update = {
-        "gradients": trained * m / S,
-        "activations": kept * N * c,
-        "logits": logits * (4 + 4 + 4 + c * (c < 4)),             # themselves, their softmax, its gradient
-        # gradients on their way through an MLP, and the largest weight's before it is added to what stands there
-        "backward": 4 * max(config.ffn, config.width) * N * c + 2 * tensor * m * (not lora),
-    }
-    if sharded:       # two blocks at a time, the root all along: a buffer and the weights that are copied from it; gradients
-        update["gathered"] = 2 * (2 * policy.block + policy.root) * c + (policy.block + policy.root) * (c + 4) * (not lora)
-    elif c < m and not lora:
-        update["cast weights"] = policy.whole * c                 # float32 masters in the compute type
-    phases = {"update": update}
+    x, y = job.prompt_length, job.response_length
+    phases = {"update": update_needs(policy, job, trained * m / S, sharded)}
     if job.cached:          # before the first step of the first such run
-        phases["filling the cache"] = {"reference": frozen, "activations": 2 * config.ffn * N * c}
+        N = job.micro * (x + job.responses * y)
+        phases["filling the cache"] = {"reference": (together(policy, reference, judge_shape) - policy.whole) * c / S - frozen,
+                                       "activations": 2 * config.ffn * N * c}
     if job.online:
         gathered = together(reference if job.off_policy else policy, judge_shape) * c if sharded else 0
         copy = policy.whole * c if not (sharded or lora or job.off_policy) and c < m else 0

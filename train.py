@@ -145,7 +145,7 @@ class Settings:
     recipe: str = "osp"                      # a row of RECIPES: sft, judge, dpo, ipo, sr-dpo, sr-ipo, osp, …
     model: str | None = None                 # folder of the model to train: config.json, safetensors, tokenizer
     reference: str | None = None             # folder of the frozen reference; default: model
-    judge: str | None = None                 # folder of the judge of online recipes; default: model (the same copy in memory)
+    judge: str | None = None                 # folder of the judge; default: model (one copy in memory with the reference)
     data: list[str] | None = None            # training files, comma-separated; file:0.1 takes a tenth of it, file:3 thrice
     prompts: list[str] | None = None         # prompt files of online recipes; default: the prompts in data
     data_fraction: float = 1.0               # share of data to train on; shares of one seed are nested
@@ -408,10 +408,14 @@ class Ranks:
 
     def mesh(self, replicas):
         """Which ranks share one copy of the weights: all of them, or (replicas, shards), neighbours together."""
-        if self.size % replicas:
-            raise InputError(f"--replicas={replicas}: the number of processes, {self.size}, is no multiple of it.")
+        check_replicas(replicas, self.size)
         shape, names = ((self.size,), ("shard",)) if replicas == 1 else ((replicas, self.size // replicas), ("replica", "shard"))
         return init_device_mesh(self.device.split(":")[0], shape, mesh_dim_names=names)
+
+
+def check_replicas(replicas, ranks):
+    if ranks % replicas:
+        raise InputError(f"--replicas={replicas}: the number of processes, {ranks}, is no multiple of it.")
 
 
 def shard(net, dtype, mesh):
@@ -429,17 +433,16 @@ def gathered(*nets):
 
     What was gathered is given back at the end, so the next forward gathers the updated weights.
     """
-    sharded = [net for net in dict.fromkeys(nets) if isinstance(net, FSDPModule)]      # one may be policy and judge
-    for net in sharded:
+    wrapped = [net for net in dict.fromkeys(nets) if isinstance(net, FSDPModule)]      # one may be policy and judge
+    for net in wrapped:
         for module in (*net.blocks, net):
             module.unshard()
             module.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
-        for net in sharded:
-            for module in (*net.blocks, net):
-                module.reshard()
+        for net in wrapped:
+            for module in (*sharded(net).blocks, net):
                 module.set_reshard_after_forward(module is not net, recurse=False)
 
 
@@ -1148,8 +1151,7 @@ def dry_run(settings):
     if not given.isdigit() or int(given) < 1:
         raise InputError(f"WORLD_SIZE={given}: a number of processes.")
     ranks = int(given)
-    if ranks % s.replicas:
-        raise InputError(f"--replicas={s.replicas}: the number of processes, {ranks}, is no multiple of it.")
+    check_replicas(s.replicas, ranks)
     if s.device_memory is not None:                   # another machine's
         device, available = "cpu" if s.device == "cpu" else "cuda", s.device_memory * 2 ** 30
     else:

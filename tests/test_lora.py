@@ -324,14 +324,7 @@ def test_resume_is_bit_for_bit(recipe, optimizer, world, tmp_path, monkeypatch):
     """Stopped in step 5 of 8, gone on with from step 4."""
     changes = dict(recipe=recipe, optimizer=optimizer, steps=8, save_every=2, dtype="float32")
     whole, expected = trained(world, tmp_path / "whole", **changes)
-    update = train.Trainer.update
-
-    def stop(trainer, step):
-        if step == 5:
-            raise KeyboardInterrupt
-        return update(trainer, step)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Trainer, "update", stop)
+    with tiny.stopped_before(5, monkeypatch):
         trained(world, tmp_path / "parts", **changes)
     assert [path.name for path in (tmp_path / "parts/checkpoint").iterdir()] == ["step-4"]
     parts, rows = trained(world, tmp_path / "parts", **changes)

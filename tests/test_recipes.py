@@ -504,14 +504,7 @@ def test_resume_equals_the_uninterrupted_run(recipe, world, tmp_path, monkeypatc
     changes = dict(recipe=recipe, steps=5, save_every=2, dtype="float32", optimizer="rmsprop", batch_size=2)
     changes |= dict(iterations=2) if recipe == "spin" else {}
     run(world, tmp_path / "whole", **changes)
-    update = train.Trainer.update
-
-    def stop(trainer, step):
-        if step == 4:
-            raise KeyboardInterrupt
-        return update(trainer, step)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Trainer, "update", stop)
+    with tiny.stopped_before(4, monkeypatch):
         run(world, tmp_path / "parts", **changes)
     assert last_checkpoint(tmp_path / "parts")[0] == 4
     run(world, tmp_path / "parts", **changes)

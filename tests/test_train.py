@@ -366,15 +366,7 @@ def test_resume_equals_the_uninterrupted_run(recipe, optimizer, world, tmp_path,
     """Stopped in step 4 of 7 and started again, a run ends with the same bits, in metrics, weights and optimizer."""
     changes = dict(recipe=recipe, optimizer=optimizer, steps=7, save_every=3, dtype="float32")
     whole = run(world, tmp_path / "whole", **changes)
-    update = train.Trainer.update
-
-    def stop(trainer, step):
-        if step == 4:
-            raise KeyboardInterrupt
-        return update(trainer, step)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Trainer, "update", stop)
+    with tiny.stopped_before(4, monkeypatch):
         run(world, tmp_path / "parts", **changes)
     assert [row["step"] for row in metrics(tmp_path / "parts")] == [1, 2, 3, 4]
     parts = run(world, tmp_path / "parts", **changes)

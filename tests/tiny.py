@@ -6,6 +6,7 @@
     command(sample, …, "--model=DIR")    a command line, without a process of its own
     launch(["--recipe=dpo", …], ranks=2) a training in processes of its own
 """
+import contextlib
 import functools
 import io
 import json
@@ -16,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import sentencepiece
 import tokenizers
 import torch
@@ -25,6 +27,7 @@ import cli
 import data
 import judge
 import model
+import train
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
@@ -187,3 +190,17 @@ def until(condition, seconds=60):
 
 def lines(path):
     return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@contextlib.contextmanager
+def stopped_before(step, monkeypatch):
+    """Inside, a training ends before this step (from 0) as by Ctrl-C at once; it must come that far."""
+    update = train.Trainer.update
+
+    def stop(trainer, now):
+        if now == step:
+            raise KeyboardInterrupt
+        return update(trainer, now)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Trainer, "update", stop)
+        yield
