@@ -1,13 +1,14 @@
 # make run     install what is needed into .venv and run the default job: the whole path on the embedded world
 # make test    install the development extra too and run the tests
 # make slow    the tests that take minutes
+# make reproduce   the papers' claims on the embedded world, quickly; ARGS="--seeds=1,2,3,4" or the like does it in earnest
 # make bench   Osprey beside TRL and transformers, in an environment of its own
 # ARGS="--seed=1 --out_dir=out/seed1" is passed on.
 
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: run test slow bench
+.PHONY: run test slow reproduce bench
 run: .venv/run
 	.venv/bin/torchrun train.py $(ARGS)
 
@@ -24,6 +25,13 @@ slow: .venv/test
 
 .venv/test: .venv/run
 	.venv/bin/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+reproduce: .venv/plot
+	.venv/bin/python reproduce.py $(or $(ARGS),--quick)
+
+.venv/plot: .venv/run
+	.venv/bin/python -m pip install --quiet --editable ".[plot]"
 	touch $@
 
 bench: .venv-bench/ready

@@ -338,7 +338,9 @@ class PPOTrainer(train.Trainer):
         self.estimate(responses, log)
         self.describe(responses, log)
         log.add("prompt_cut", torch.tensor([float(query.cut) for _, query in share]))
-        self.write_rollouts(step, share, groups)
+        self.write_rollouts(step, [{"prompt": row.row.prompt, "response": sample.response_text(self.tokenizer, one),
+                                    "reward": round(one.score, 6), "kl": round(one.kl, 6), "finished": [one.finished, True]}
+                                   for (_, row), group in zip(share, groups) for one in group])
         s = self.settings
         if s.sample_every and step % s.sample_every == 0 and share:
             self.say(f"\nstep {step + 1}: {data.context_text(share[0][1].row.prompt)!r}")
@@ -392,14 +394,6 @@ class PPOTrainer(train.Trainer):
                              ("response_length", [len(one.ids) for one in responses]),
                              ("finished", [one.finished for one in responses])):
             log.add(name, torch.tensor(values, dtype=torch.float64))
-
-    def write_rollouts(self, step, share, groups):
-        """Rollouts as data rows of single responses, one file a rank; `finished` is of chosen and rejected there."""
-        name = f"rollouts.{self.ranks.rank}.jsonl" if self.ranks.rank else "rollouts.jsonl"
-        rows = [{"prompt": row.row.prompt, "response": sample.response_text(self.tokenizer, one), "reward": round(one.score, 6),
-                 "kl": round(one.kl, 6), "finished": [one.finished, True], "step": step + 1}
-                for (_, row), group in zip(share, groups) for one in group]
-        self.ranks.on_all(lambda: self.out.append(name, rows))
 
     # -- the updates ---------------------------------------------------------------------------------------------------
 

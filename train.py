@@ -857,16 +857,25 @@ class Trainer:
                 log.add("judge_cut", torch.tensor([float(cut)]), weight=asked)
                 log.add("judge_off", torch.tensor([float(off)]), weight=2 * asked)
                 log.value("judge_seconds", time.perf_counter() - started)
+        queries = [query for _, query in share]
         if recipe.pairs == "best":
             best = [max(range(len(some)), key=some.__getitem__) for some in strengths]
-            examples = [Sequence(query.x + group[i].ids, len(query.x)) for (_, query), group, i in zip(share, samples, best)]
+            examples = [Sequence(query.x + group[i].ids, len(query.x)) for query, group, i in zip(queries, samples, best)]
+            rows = [{"prompt": query.row.prompt, "response": some[i], "finished": [group[i].finished, True]}
+                    for query, group, some, i in zip(queries, samples, texts, best)]
         elif recipe.pairs == "spin":       # the data set's response wins over the opponent's
             examples = [data.Pair(query.x, query.px, query.chosen, one.ids, 1.0, query.row, False)
-                        for (_, query), group in zip(share, samples) for one in group]
+                        for query, group in zip(queries, samples) for one in group]
+            rows = [{"prompt": query.row.prompt, "chosen": query.row.chosen, "rejected": text, "p": 1.0,
+                     "finished": [query.row.finished[0], one.finished]}
+                    for query, group, some in zip(queries, samples, texts) for one, text in zip(group, some)]
         else:
             examples = [data.Pair(query.x, query.px, group[i].ids, group[j].ids, p, query.row, False)
-                        for (_, query), group, chosen in zip(share, samples, labelled) for i, j, p in chosen]
-            self.write_rollouts(step, share, samples, texts, labelled)
+                        for query, group, chosen in zip(queries, samples, labelled) for i, j, p in chosen]
+            rows = [{"prompt": query.row.prompt, "chosen": some[i], "rejected": some[j], "p": round(p, 6),
+                     "finished": [group[i].finished, group[j].finished]}
+                    for query, group, some, chosen in zip(queries, samples, texts, labelled) for i, j, p in chosen]
+        self.write_rollouts(step, rows)
         if recipe.pairs != "best":
             examples = self.worth_learning(examples, log)
         log.add("response_length", torch.tensor([float(len(one.ids)) for group in samples for one in group]))
@@ -951,13 +960,10 @@ class Trainer:
         tokens = max((len(row.x) for _, row in share), default=0) + self.samples * self.data.max_tokens
         return max(max(weights, 1 << 30) // (tokens * 2 * config.layers * config.kv_heads * config.head_dim * size), 1)
 
-    def write_rollouts(self, step, share, samples, texts_of, labelled):
+    def write_rollouts(self, step, rows):
         """Rollouts as data rows, one file a rank, so that the run can be replayed offline."""
         name = f"rollouts.{self.ranks.rank}.jsonl" if self.ranks.rank else "rollouts.jsonl"
-        rows = [{"prompt": query.row.prompt, "chosen": texts[i], "rejected": texts[j], "p": round(p, 6),
-                 "finished": [group[i].finished, group[j].finished], "step": step + 1}
-                for (_, query), group, texts, chosen in zip(share, samples, texts_of, labelled) for i, j, p in chosen]
-        self.ranks.on_all(lambda: self.out.append(name, rows))
+        self.ranks.on_all(lambda: self.out.append(name, [row | {"step": step + 1} for row in rows]))
 
     def show_rollout(self, step, query, texts, strengths, labelled):
         self.say(f"\nstep {step + 1}: {data.context_text(query.row.prompt)!r}")

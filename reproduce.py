@@ -1,0 +1,928 @@
+"""The claims of both papers, tried on the embedded world, where the true reward of every response is known.
+
+    python reproduce.py                      all claims, 4 seeds → RESULTS.md, figures/; what is finished is not run again
+    python reproduce.py O6 S3                these alone, and the runs that they need
+    python reproduce.py --quick              a tenth of the steps, one seed: does all of it work?
+    python reproduce.py hh --data=FILES      Sr-DPO and Sr-IPO on real preferences (HH-RLHF), a small model from scratch
+
+A run is an ordinary training (`RUNS`), a measurement of it is arrays over prompts and pairs (`measure`), and a claim is
+a few comparisons of those, with the difference that would matter written beside each before anything was run (`CLAIMS`).
+"""
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")        # before torch: runs go side by side, one on a core
+
+import collections
+import concurrent.futures.process
+import contextlib
+import dataclasses
+import math
+import multiprocessing
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import checkpoint
+import cli
+import data
+import judge
+import losses
+import model
+import rlhf
+import sample
+import toy
+import train
+from cli import InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The runs
+
+FRACTIONS = (0.02, 0.1, 0.5, 1.0)                    # of the preference data: the tables of paper 2
+LAMBDAS = (0.1, 0.3, 0.5, 1.0)                       # of paper 1, which does not state its pick; ours is 0.3
+TUPLES = (800, 1600, 3200)                           # preference pairs in one epoch; 3200 are those of toy.py
+# Found on seed 0, which is in no result: of 1e-4 and 3e-4 (toy.py's) the better one for each of dpo, ipo, osp, osp-dpo,
+# osp-ipo and rlhf. A small share of the preference data is learned by heart when it is gone through as long as all of it.
+LR = 1e-4
+STEPS = {0.02: 0.4, 0.1: 0.5, 0.5: 1.0, 1.0: 1.0}    # of judge and reward model: share of the data: share of toy.py's steps
+PARAPHRASE = ("Answer the question below as helpfully as you can, without doing harm: the answer should deserve 100 points, "
+              "where 100 is the best mark and 1 the worst. Question:")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a recipe, the run that it starts from, and what differs from toy.py's settings for that recipe."""
+    recipe: str
+    start: str | None = None
+    more: dict = field(default_factory=dict)
+    reward: str | None = None                        # the run whose reward model PPO uses
+
+    @property
+    def needs(self):
+        return [name for name in (self.start, self.reward) if name]
+
+
+def tail(fraction):
+    """What the name of a run on a share of the preference data ends with."""
+    return "" if fraction == 1 else f"-{fraction}"
+
+
+def sr(loss, lam=0.3):
+    """The run of sr-dpo or sr-ipo with that λ."""
+    return f"sr-{loss}-lam{lam}"
+
+
+def runs():
+    """{name: Run}, each behind those that it needs."""
+    found = {"world": Run("world"), "base": Run("sft", "world"), "sft": Run("sft", "base"), "work": Run("work", "sft")}
+    for fraction in FRACTIONS:
+        for recipe in ("judge", "reward"):
+            steps = round(STEPS[fraction] * toy.STAGES[recipe]["steps"])
+            found[recipe + tail(fraction)] = Run(recipe, "sft", dict(data_fraction=fraction, steps=steps))
+    for loss in ("dpo", "ipo"):
+        found[loss] = Run(loss, "sft", dict(lr=LR))
+        for lam in LAMBDAS:
+            found[sr(loss, lam)] = Run(f"sr-{loss}", "sft", dict(lr=LR, lam=lam))
+        for tuples in TUPLES[:-1]:
+            steps = tuples // toy.STAGES["dpo"]["batch_size"]
+            for name in (loss, sr(loss)):
+                found[f"{name}-{tuples}"] = Run(found[name].recipe, "sft", found[name].more | dict(steps=steps))
+    # Controls: p is empty, so that Δπ is Δ_naive = βh (paper 1, eq. 10); p in other words; the scale λΔπ/β.
+    for name, loss, more in (("sr-dpo-naive", "dpo", dict(refinement_prompt="")),
+                             ("sr-dpo-paraphrase", "dpo", dict(refinement_prompt=PARAPHRASE)),
+                             ("sr-ipo-exact", "ipo", dict(delta_scale="exact"))):
+        found[name] = Run(f"sr-{loss}", "sft", dict(lr=LR, lam=0.3) | more)
+    for recipe in ("osp", "osp-dpo", "osp-ipo", "sr-spce", "random-pairs", "self-rewarding", "raft", "sft-sampling", "rso",
+                   "offline-soft"):
+        found[recipe] = Run(recipe, "judge", dict(lr=LR) | (dict(beta=0.1) if recipe == "offline-soft" else {}))
+    found["spin"] = Run("spin", "sft", dict(lr=LR))
+    for k in (3, 15):
+        found[f"osp-k{k}"] = Run("osp", "judge", dict(lr=LR, k=k))
+    found["osp-0.02"] = Run("osp", "judge-0.02", dict(lr=LR))
+    for fraction in (1, 0.02):
+        found["rlhf" + tail(fraction)] = Run("rlhf", "sft", dict(lr=LR), "reward" + tail(fraction))
+    return found
+
+
+RUNS = runs()
+# About the seconds that a run of all steps takes on one core, and its measurement, for the plan.
+SECONDS = dict(world=4, work=25, judge=65, reward=25, dpo=20, ipo=20, rlhf=60, spin=25, raft=30, rso=80) | {"sr-dpo": 32, "sr-ipo": 32}
+
+
+def seconds_of(name, scale):
+    """About how long a run takes on one core."""
+    run = RUNS[name]
+    whole = 45 if name == "base" else 10 if name == "sft" else SECONDS.get(run.recipe, 40) * run.more.get("k", 7) / 7
+    return 3 + scale * whole
+
+
+def settings_of(name, folder, seed, scale):
+    """The train.Settings or rlhf.Settings of a run in the seed's folder; scale: share of the steps."""
+    run = RUNS[name]
+    kind = rlhf.Settings if run.recipe in rlhf.RECIPES else train.Settings
+    chain = toy.plan(kind(recipe=run.recipe, seed=seed, out_dir=str(folder), device="cpu", dtype="float32", **run.more))
+    stage = list(chain.values())[0 if name == "base" else -1]
+    stage |= {"out_dir": str(folder / name), "sample_every": 0, "eval_every": 0}
+    for key, other in (("model", run.start), ("reward", run.reward)):
+        if other not in (None, "world"):
+            stage[key] = str(folder / other / "final")
+    stage["steps"] = max(2, round(stage["steps"] * scale))
+    return kind(**stage)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements
+
+def measure(name, settings, folder, prompts):
+    """What is known of a finished run: {name: array}."""
+    run = RUNS[name]
+    place = Path(settings.out_dir) / "final"
+    world = folder / "world"
+    pairs, _ = data.read_rows(world / "eval_pairs.jsonl", "pairs")
+    found = {"gap": np.array([toy.reward(row.prompt, row.chosen) - toy.reward(row.prompt, row.rejected) for row in pairs])}
+    found |= curves(Path(settings.out_dir), run.recipe)
+    if run.recipe == "reward":
+        scores = reward_scores(place, [(row.prompt, text) for row in pairs for text in (row.chosen, row.rejected)])
+        return found | {"reward_margin": scores[::2] - scores[1::2]}
+    net, tokenizer = sample.load_model(place, "float32", "cpu")
+    like = dataclasses.replace(settings, temperature=0.7, top_p=0.9, max_tokens=16)
+    for stream, domain in enumerate(("prompts", "advice")):
+        rows, _ = data.read_rows(world / f"eval_{domain}.jsonl", "prompts")
+        texts = [row.prompt for row in rows[:prompts]]
+        samples = toy.sample_all(net, tokenizer, texts, like, stream)
+        answers = [[sample.response_text(tokenizer, one) for one in group] for group in samples]
+        found |= {f"{domain}_reward": np.array([[toy.reward(x, y) for y in group] for x, group in zip(texts, answers)]),
+                  f"{domain}_length": np.array([[len(one.ids) for one in group] for group in samples]),
+                  f"{domain}_text": np.array(answers)}
+        if name != "base":
+            before, _ = sample.load_model(Path(settings.model), "float32", "cpu")
+            found[f"{domain}_kl"] = np.array(toy.divergence(net, before, tokenizer, texts, samples))
+        if run.reward:
+            for who, some in (("", answers), ("sft_", np.load(folder / "sft" / "measured.npz")[f"{domain}_text"])):
+                scores = reward_scores(Path(settings.reward), [(x, y) for x, group in zip(texts, some) for y in group])
+                found[f"{domain}_{who}learned"] = scores.reshape(len(texts), -1)
+    if run.recipe == "judge" or name == "sft":
+        questioner = judge.Questioner(tokenizer, "helpful", net.config.context)
+        found["verdict"] = judge.compare(net, questioner, [(row.prompt, row.chosen, row.rejected) for row in pairs]).p.numpy()
+    if run.recipe in ("dpo", "ipo", "sr-dpo", "sr-ipo"):
+        before, _ = sample.load_model(Path(settings.model), "float32", "cpu")
+        found |= margins(net, before, tokenizer, pairs)
+    return found
+
+
+CURVES = "loss margin refined_margin accuracy augmented_accuracy kl response_length reward".split()
+
+
+def curves(out, recipe):
+    """What a run wrote down at each step: {"curve_loss": (steps,), …}, and "curve_true", the mean true reward of the responses
+    in its rollouts."""
+    records = [record for _, record in checkpoint.records(out / "metrics.jsonl")]
+    found = {f"curve_{key}": np.array([record.get(key) for record in records], dtype=float)
+             for key in CURVES if any(key in record for record in records)}
+    if (out / "rollouts.jsonl").exists():
+        keys = ["rejected"] if recipe == "spin" else ["chosen", "rejected", "response"]      # spin's chosen are the data set's
+        rewards = {}
+        for _, row in checkpoint.records(out / "rollouts.jsonl"):
+            rewards.setdefault(row["step"], []).extend(toy.reward(row["prompt"], row[key]) for key in keys if key in row)
+        found["curve_true"] = np.array([np.mean(rewards[step]) for step in sorted(rewards)])
+    return found
+
+
+def landmarks(world):
+    """True rewards of what no model wrote, for scale."""
+    rows, _ = data.read_rows(world / "eval_sft.jsonl", "responses")
+    prompts, answers = [row.prompt for row in rows], [row.chosen for row in rows]
+    rng = np.random.default_rng(0)
+    words = [word for row in (*toy.TOPICS.values(), *toy.CRAFTS.values()) for word in row] + toy.POLITE + toy.RUDE + toy.WISHES
+    texts = {"data": answers, "astray": answers[1:] + answers[:1], "random": [" ".join(rng.choice(words, 6)) for _ in prompts]}
+    return {name: np.array([toy.reward(x, y) for x, y in zip(prompts, some)]) for name, some in texts.items()}
+
+
+def work(folder, seed, rounds=7):
+    """The cost of an update under each recipe with pairs, on the same batch: multiplications and additions counted, and
+    seconds, the recipes in turn."""
+    found, trainers = {}, {}
+    with tempfile.TemporaryDirectory() as place:
+        for recipe in ("dpo", "ipo", "sr-dpo", "sr-ipo"):
+            its = dataclasses.replace(settings_of(recipe if recipe in RUNS else sr(recipe[3:]), folder, seed, 1.0))
+            its.out_dir = f"{place}/{recipe}"
+            trainers[recipe] = train.Trainer(its)
+            with FlopCounterMode(display=False) as counter:
+                trainers[recipe].update(0)
+            found[recipe] = np.array(float(counter.get_total_flops()))
+        for _ in range(rounds):
+            for recipe, trainer in trainers.items():
+                started = time.perf_counter()
+                trainer.update(1)
+                found.setdefault(f"{recipe}_seconds", []).append(time.perf_counter() - started)
+    return found
+
+
+@torch.no_grad()
+def margins(policy, reference, tokenizer, rows):
+    """h and h_p of rows (Row): {"margin", "augmented_margin"}, each (N,)."""
+    pairs, _ = data.encode_dataset(tokenizer, rows, None, 64, 32, data.REFINEMENT_PROMPT)
+    found = {"margin": [], "augmented_margin": []}
+    for start in range(0, len(pairs), 64):
+        for key, query in (("margin", "x"), ("augmented_margin", "px")):
+            forest, starts = train.pack_pairs(pairs[start:start + 64], query)
+            ours, theirs = (losses.logprobs(net, forest, starts).view(-1, 2).unbind(1) for net in (policy, reference))
+            found[key].append(losses.margins(ours, theirs).numpy())
+    return {key: np.concatenate(parts) for key, parts in found.items()}
+
+
+@torch.no_grad()
+def reward_scores(folder, texts):
+    """The reward model's scores of [(prompt, response)], shifted as it asks: (N,)."""
+    net = model.load(folder, torch.float32, "cpu", scores=True)
+    tokenizer = sample.matching_tokenizer(folder, net.config)
+    rows = [tokenizer.prefix(False) + data.prompt_ids(tokenizer, x, None) +
+            data.response_ids(tokenizer, x, " " + y.strip(), None) for x, y in texts]
+    found = [rlhf.scores(net, data.pack(rows[i:i + 64])).numpy() for i in range(0, len(rows), 64)]
+    return np.concatenate(found) - rlhf.reward_shift(net.config, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+
+@dataclass
+class Settings:
+    """Try the claims of both papers on the embedded world, or (hh) draw paper 1's figure on real preferences."""
+    claims: list[str] | None = None          # S1 … S6, O1 … O8; also typed without --claims=; default: all
+    out_dir: str | None = None               # the runs; what is finished there is kept; default: out/reproduce, or …-quick
+    seeds: list[int] | None = None           # worlds, each with models of its own; default: 1 to 4, with --quick 0
+    quick: bool = False                      # a tenth of the steps, 64 prompts, one seed: shows that all of it works, no more
+    workers: int | None = None               # runs side by side, one core each; default: the number of cores
+
+    def __post_init__(self):
+        """Fill in what depends on --quick, and refuse what is no claim."""
+        for name in self.claims or []:
+            if name not in CLAIMS:
+                raise InputError(f"{name} is no claim; choose from {', '.join(CLAIMS)}, or hh.")
+        self.claims = self.claims or list(CLAIMS)
+        self.out_dir = self.out_dir or ("out/reproduce-quick" if self.quick else "out/reproduce")
+        self.seeds = sorted(set(self.seeds or ([0] if self.quick else [1, 2, 3, 4])))
+        self.workers = (os.cpu_count() or 1) if self.workers is None else self.workers
+        if self.workers < 1:
+            raise InputError(f"--workers={self.workers}: must be at least 1.")
+        if min(self.seeds) < 0:
+            raise InputError(f"--seeds={min(self.seeds)}: must be at least 0.")
+
+    @property
+    def scale(self):
+        return 0.1 if self.quick else 1.0
+
+    @property
+    def prompts(self):
+        return 64 if self.quick else 512
+
+    def names(self):
+        """The runs that the claims need, in RUNS' order."""
+        wanted = set().union(*(runs_of(CLAIMS[name]) for name in self.claims))
+        for name in reversed(RUNS):
+            if name in wanted:
+                wanted.update(RUNS[name].needs)
+        return [name for name in RUNS if name in wanted or self.claims == list(CLAIMS)]
+
+
+def work_on(name, seed, settings):
+    """One run and its measurement; what is already there is kept. Returns the seconds it took, 0 for none."""
+    started, folder = time.time(), Path(settings.out_dir) / f"seed{seed}"
+    place = folder / name
+    asked = dict(scale=settings.scale, prompts=settings.prompts, **dataclasses.asdict(RUNS[name]))
+    held = cli.read_json(place / "run.json", absent={})
+    if held and held != asked:
+        raise InputError(f"seed {seed}, {name}: {place} holds another run ({', '.join(k for k in asked if held.get(k) != asked[k])} "
+                         f"differ); use another --out_dir, or delete that folder.")
+    if (place / "measured.npz").exists():
+        return 0.0
+    place.mkdir(parents=True, exist_ok=True)
+    toy.write_json(place / "run.json", asked)
+    try:
+        with open(place / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            found = result(name, seed, folder, settings)
+    except InputError as error:
+        raise InputError(f"seed {seed}, {name}: {error}") from error
+    with open(place / "measured.part", "wb") as file:
+        np.savez(file, **found)
+    os.replace(place / "measured.part", place / "measured.npz")
+    return time.time() - started
+
+
+def result(name, seed, folder, settings):
+    """Carry out a run, from where it stopped, and measure it: {name: array}."""
+    if name == "world":
+        toy.write_world(folder / name, "llama", seed)
+        return landmarks(folder / name)
+    if name == "work":
+        return work(folder, seed)
+    its = settings_of(name, folder, seed, settings.scale)
+    trainer = rlhf.TRAINERS[its.recipe] if its.recipe in rlhf.RECIPES else train.Trainer
+    trainer(its).run()
+    return measure(name, its, folder, settings.prompts)
+
+
+def start_worker(parent):
+    """Ctrl-C goes to all processes of a terminal: a worker hears of it through its parent's SIGTERM, as a Trainer expects."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    cli.keep_freed_memory()
+    train.leave_with(parent)
+
+
+def in_turn(jobs, settings):
+    """[(name, seed)] one after the other in this process: yields (name, seed, seconds)."""
+    for name, seed in jobs:
+        yield name, seed, work_on(name, seed, settings)
+
+
+def side_by_side(jobs, settings):
+    """The same as many at a time as there are workers, each as soon as what it needs is there, in the order they finish.
+
+    Ctrl-C or SIGTERM: the runs under way save and stop.
+    """
+    waiting, done, under_way = list(jobs), set(), {}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(settings.workers, context, start_worker, (os.getpid(),)) as pool:
+        try:
+            while waiting or under_way:
+                for name, seed in list(waiting):
+                    if len(under_way) < settings.workers and all((other, seed) in done for other in RUNS[name].needs):
+                        waiting.remove((name, seed))
+                        under_way[pool.submit(work_on, name, seed, settings)] = (name, seed)
+                finished, _ = concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in finished:
+                    job = under_way.pop(future)
+                    seconds = future.result()
+                    done.add(job)
+                    yield *job, seconds
+        except concurrent.futures.process.BrokenProcessPool:
+            raise InputError(f"one of {', '.join(f'seed {s}, {n}' for n, s in [job, *under_way.values()])} was killed (for want of "
+                             f"memory?); the same command goes on from what is there.") from None
+        finally:
+            for child in multiprocessing.active_children() if under_way else []:
+                child.terminate()
+
+
+def carry_out(names, settings):
+    """All runs of these names for each seed; a line for each that was not there yet."""
+    jobs, started = [(name, seed) for name in names for seed in settings.seeds], time.time()
+    work = in_turn if settings.workers == 1 else side_by_side
+    for number, (name, seed, seconds) in enumerate(work(jobs, settings), 1):
+        if seconds:
+            print(f"{number}/{len(jobs)} [{cli.duration(time.time() - started)}] seed {seed}, {name}: {seconds:.0f} s", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims
+
+@dataclass(frozen=True)
+class Part:
+    """A difference that a claim rests on: what it is, how it comes from one seed's measurements, and how large it must be.
+
+    of(m, pick) computes it from m = {run: {name: array}} and pick, the rows (prompts or pairs) that count.
+    """
+    says: str
+    of: object
+    least: float                                     # the difference that would matter
+    kind: str = "more"                               # more: ≥ least; keeps: not below -least; alike: within ± least
+    units: tuple = ("sft", "prompts_reward")         # (run, array) whose rows are drawn again; None: there are no rows
+    form: str = "{:+.3f}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    name: str
+    says: str                                        # the paper's claim
+    paper: str                                       # the paper's figures for it
+    parts: tuple
+    note: str = ""                                   # what is different here, or was tried
+
+
+def score(name, domain="prompts", what="reward"):
+    """The mean true reward of a run's samples (or their learned one, or length)."""
+    return lambda m, pick: m[name][f"{domain}_{what}"][pick].mean()
+
+
+def less(a, b):
+    """a - b, for functions of (m, pick)."""
+    return lambda m, pick: a(m, pick) - b(m, pick)
+
+
+def better(a, b, least=0.03, domain="prompts", **more):
+    """That run a scores higher than run b."""
+    where = "" if domain == "prompts" else ", second domain"
+    return Part(f"{a} − {b}{where}", less(score(a, domain), score(b, domain)), least, units=("sft", f"{domain}_reward"), **more)
+
+
+def share(name, key):
+    """The share of held-out pairs on which an array of a run is above its middle: ½ for a verdict, 0 for a margin."""
+    middle = 0.5 if key == "verdict" else 0.0
+    return lambda m, pick: ((m[name][key][pick] > middle) + 0.5 * (m[name][key][pick] == middle)).mean()
+
+
+def correlation(name):
+    """Pearson's r between the margins h of a run and the gaps of the true reward."""
+    return lambda m, pick: np.corrcoef(m[name]["margin"][pick], m[name]["gap"][pick])[0, 1]
+
+
+def quarter(name, what, number):
+    """The mean of a curve of a run over a quarter of its steps."""
+    return lambda m, pick: np.array_split(m[name][f"curve_{what}"], 4)[number].mean()
+
+
+def distance(name):
+    """How far the mean true reward of a run's samples is from that of the SFT data."""
+    return lambda m, pick: abs(m[name]["prompts_reward"][pick].mean() - m["world"]["data"].mean())
+
+
+PAIRS = ("sft", "gap")                               # units of what is measured on the 512 held-out pairs
+POINTS = dict(units=PAIRS, form="{:+.1%}")
+
+
+CLAIMS = {claim.name: claim for claim in [
+    Claim("S1", "Sr-DPO and Sr-IPO have lower margins at comparable accuracy", "Figure 1", (
+        *(Part(f"margin h, {sr(loss)} over {loss}, less 1 (sign turned)",
+               lambda m, pick, loss=loss: 1 - m[sr(loss)]["margin"][pick].mean() / m[loss]["margin"][pick].mean(), 0.05,
+               **POINTS) for loss in ("dpo", "ipo")),
+        *(Part(f"accuracy, {sr(loss)} − {loss}", less(share(sr(loss), "margin"), share(loss, "margin")), 0.02, "keeps", **POINTS)
+          for loss in ("dpo", "ipo")))),
+    Claim("S2", "behind p the policy ranks as many pairs right as without it", "Figure 1", tuple(
+        Part(f"augmented accuracy − accuracy, {sr(loss)}", less(share(sr(loss), "augmented_margin"), share(sr(loss), "margin")),
+             0.03, "alike", **POINTS) for loss in ("dpo", "ipo"))),
+    Claim("S3", "the score first rises, then falls with λ, and λ = 0 is worst", "win rate over λ", tuple(
+        part for loss in ("dpo", "ipo") for part in (
+            better(sr(loss), loss), better(sr(loss), sr(loss, 1.0)), better(sr(loss, 1.0), loss, 0.0)))),
+    Claim("S4", "margins of Sr-* follow the true gaps more closely", "Pearson .21 → .26 (DPO), .11 → .13 (IPO)", tuple(
+        Part(f"Pearson's r, {sr(loss)} − {loss}", less(correlation(sr(loss)), correlation(loss)), 0.02, units=PAIRS)
+        for loss in ("dpo", "ipo"))),
+    Claim("S5", "Sr-* cost about a quarter more time", "+23.8 %", (
+        Part("arithmetic of a step, sr-dpo over dpo, less 1.238",
+             lambda m, pick: (m["work"]["sr-dpo"] / m["work"]["dpo"]).mean() - 1.238, 0.1, "alike", None, "{:+.1%}"),)),
+    Claim("S6", "more tuples help Sr-*, while DPO and IPO overfit", "figure", (
+        *(better(sr(loss), f"{sr(loss)}-{TUPLES[0]}") for loss in ("dpo", "ipo")),
+        *(better(f"{loss}-{TUPLES[0]}", loss) for loss in ("dpo", "ipo")))),
+    Claim("O1", "OSP > RLHF > IPO > DPO, SFT", "HH: .958 > .932 > .925 > .896, .919; TL;DR: 2.97 > 2.78 > 2.44 > 2.24, 1.93", (
+        better("osp", "rlhf"), better("rlhf", "ipo"), better("ipo", "dpo"), better("ipo", "sft"))),
+    Claim("O2", "OSP keeps its score with 2 % of the preferences, RLHF does not", "HH: OSP .958 → .955, RLHF .932 → .924; "
+          "TL;DR: 2.97 → 3.01, 2.78 → 1.82", (
+              better("osp-0.02", "osp", 0.05, kind="keeps"), better("rlhf", "rlhf-0.02", 0.05), better("osp-0.02", "rlhf-0.02"))),
+    Claim("O3", "the preference model beats the reward model at every data size", "HH at 2, 10, 50, 100 %: 57, 61, 66, 70 against "
+          "53, 56, 62, 62", tuple(
+              Part(f"accuracy, judge − reward model, {fraction:.0%}",
+                   less(share("judge" + tail(fraction), "verdict"), share("reward" + tail(fraction), "reward_margin")), 0.02,
+                   **POINTS) for fraction in FRACTIONS)),
+    Claim("O4", "OSP carries over to another domain, where RLHF over-optimises its reward model", "figure", (
+        better("osp", "sft", domain="advice"), better("osp", "rlhf", domain="advice"),
+        Part("learned reward, rlhf − sft, second domain", less(score("rlhf", "advice", "learned"),
+                                                               score("rlhf", "advice", "sft_learned")), 0.5,
+             units=("sft", "advice_reward")),
+        better("sft", "rlhf", domain="advice"))),
+    Claim("O5", "a model that can judge improves itself without preferences, more with larger K, and beats Self-Rewarding",
+          "figure, Mistral-7B", (better("osp", "judge"), better("osp-k15", "osp-k3"), better("osp", "self-rewarding"))),
+    Claim("O6", "online, SPCE > IPO > DPO; DPO overfits while its loss still falls", "figure", (
+        better("osp", "osp-ipo"), better("osp-ipo", "osp-dpo"),
+        Part("osp-dpo, true reward, second quarter of the steps − last", less(quarter("osp-dpo", "true", 1),
+                                                                              quarter("osp-dpo", "true", 3)), 0.03, units=None),
+        Part("osp-dpo, loss, second quarter − last", less(quarter("osp-dpo", "loss", 1), quarter("osp-dpo", "loss", 3)), 0.01,
+             units=None))),
+    Claim("O7", "ranked > random > RAFT; SPIN pulls towards its data set", "figure", (
+        better("osp", "random-pairs"), better("random-pairs", "raft"),
+        Part("distance to the data's reward, sft − spin", less(distance("sft"), distance("spin")), 0.03))),
+    Claim("O8", "on-policy > SFT sampling, RSO, offline", "figure", (
+        better("osp", "sft-sampling"), better("osp", "rso"), better("osp", "offline-soft"))),
+]}
+
+
+class Named(dict):
+    """Measurements that remember which runs were asked for."""
+
+    def __missing__(self, name):
+        self[name] = collections.defaultdict(lambda: np.arange(1.0, 9.0))
+        return self[name]
+
+
+def runs_of(claim):
+    """The names of the runs whose measurements a claim reads."""
+    named = Named()
+    for part in claim.parts:
+        part.of(named, slice(None))
+    return {*named, *(part.units[0] for part in claim.parts if part.units)}
+
+
+def ranks_of(values):
+    """Places in sorted order, equal ones sharing their mean place: (N,) -> (N,)."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def kendall(a, b):
+    """Kendall's τ-b of two arrays (N,)."""
+    x, y = np.sign(a[:, None] - a), np.sign(b[:, None] - b)
+    return (x * y).sum() / math.sqrt((x * x).sum() * (y * y).sum())
+
+
+@dataclass
+class Result:
+    values: list                                     # the difference, one a seed
+    low: float
+    high: float
+    verdict: str
+
+
+DRAWS = 1000                                         # of the bootstrap
+
+
+def weigh(part, measured):
+    """A Result: paired bootstrap over seeds, and within each over prompts or pairs; `measured` has one entry a seed.
+
+    95 % interval [low, high] of the mean over the seeds. "more" holds where low > 0 and the mean reaches `least`, and
+    does not where high < least; "keeps" holds where low > -least, and does not where high < 0 and the mean is below
+    -least; "alike" holds where both ends are within ± least, and does not where the interval leaves out 0 and the mean
+    is beyond least. Else nobody can tell.
+    """
+    rng = np.random.default_rng(0)
+    values = [float(part.of(m, slice(None))) for m in measured]
+    if part.units is None:
+        again = np.array(values)[rng.integers(len(values), size=(DRAWS, len(values)))].mean(1)
+    else:
+        run, key = part.units
+        again = np.empty(DRAWS)
+        for i in range(DRAWS):
+            drawn = []
+            for seed in rng.integers(len(measured), size=len(measured)):
+                n = len(measured[seed][run][key])
+                drawn.append(part.of(measured[seed], rng.integers(n, size=n)))
+            again[i] = np.mean(drawn)
+    low, high = np.percentile(again, [2.5, 97.5])
+    return Result(values, float(low), float(high), verdict(part, float(np.mean(values)), low, high))
+
+
+def verdict(part, mean, low, high):
+    least = part.least
+    holds, fails = {"more": (low > 0 and mean >= least, high < least),
+                    "keeps": (low > -least, high < 0 and mean < -least),
+                    "alike": (-least < low and high < least, abs(mean) > least and (low > 0 or high < 0))}[part.kind]
+    return "holds" if holds else "does not hold" if fails else "cannot tell"
+
+
+def together(verdicts):
+    """A claim holds where all its parts do, and does not where one does not."""
+    return next((word for word in ("does not hold", "cannot tell") if word in verdicts), "holds")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written: tables
+
+def over_seeds(values, form="{:.3f}"):
+    """Mean ± standard deviation of one number a seed, as text; the mean alone of a single seed."""
+    mean = form.format(np.mean(values))
+    return mean if len(values) < 2 else f"{mean} ± {form.replace('+', '').format(np.std(values, ddof=1))}"
+
+
+def table(header, rows):
+    return "\n".join(["| " + " | ".join(header) + " |", "|" + "---|" * len(header)] +
+                     ["| " + " | ".join(row) + " |" for row in rows])
+
+
+SIGNS = {"more": "≥", "keeps": "> −", "alike": "within ±"}
+
+
+def claim_rows(names, measured):
+    """The rows of the table of claims, and {claim: verdict}."""
+    rows, verdicts = [], {}
+    for name in names:
+        claim = CLAIMS[name]
+        results = [weigh(part, measured) for part in claim.parts]
+        verdicts[name] = together([result.verdict for result in results])
+        lines = [f"{part.says}: {over_seeds(result.values, part.form)} [{part.form.format(result.low)}, "
+                 f"{part.form.format(result.high)}] · {SIGNS[part.kind]} {part.form.format(part.least).lstrip('+')} · {result.verdict}"
+                 for part, result in zip(claim.parts, results)]
+        rows.append([f"**{name}**", claim.says, claim.paper, "<br>".join(lines), f"**{verdicts[name]}**"])
+    return rows, verdicts
+
+
+def system_rows(measured):
+    """What each policy writes: true reward, wins over SFT, second domain, length, divergence from where it started."""
+    rows = []
+    for name in (name for name in RUNS if name in measured[0] and "prompts_reward" in measured[0][name]):
+        mine, sft = ([m[run]["prompts_reward"] for m in measured] for run in (name, "sft"))
+        wins = [100 * ((a > b) + 0.5 * (a == b)).mean() for a, b in zip(mine, sft)]
+        rows.append([f"`{name}`", over_seeds([a.mean() for a in mine]), over_seeds(wins, "{:.1f}"),
+                     over_seeds([m[name]["advice_reward"].mean() for m in measured]),
+                     over_seeds([m[name]["prompts_length"].mean() for m in measured], "{:.1f}"),
+                     over_seeds([m[name]["prompts_kl"] for m in measured], "{:.1f}") if name != "base" else ""])
+    return rows
+
+
+def landmark_rows(measured):
+    """Floors and ceilings of the true reward."""
+    return [[says, over_seeds([m["world"][key].mean() for m in measured]) if key else value] for says, key, value in
+            (("the best response", "", "1.000"), ("responses of the SFT data (held-out prompts)", "data", ""),
+             ("a response to another prompt", "astray", ""), ("six random words", "random", ""),
+             ("the worst response", "", "−1.000"))]
+
+
+def judge_rows(measured):
+    """Accuracy of judge and reward model on held-out pairs at each data size: by the noisy labels, and by the true reward."""
+    def right(run, key, true):
+        said = [np.sign(m[run][key] - (0.5 if key == "verdict" else 0.0)) for m in measured]
+        if not true:
+            return over_seeds([100 * ((s > 0) + 0.5 * (s == 0)).mean() for s in said], "{:.1f}")
+        gaps = [m[run]["gap"] for m in measured]
+        return over_seeds([100 * ((s == np.sign(g)) + 0.5 * (s == 0))[g != 0].mean() for s, g in zip(said, gaps)], "{:.1f}")
+    rows = [["0", right("sft", "verdict", False), "50 (a head of zeros)", right("sft", "verdict", True), ""]]
+    for fraction in FRACTIONS:
+        one, two = "judge" + tail(fraction), "reward" + tail(fraction)
+        rows.append([f"{100 * fraction:g}", right(one, "verdict", False), right(two, "reward_margin", False),
+                     right(one, "verdict", True), right(two, "reward_margin", True)])
+    return rows
+
+
+def margin_rows(measured):
+    """Held-out pairs under the systems of paper 1: margins, accuracies, and how they follow the true gaps."""
+    rows = []
+    for name in (name for name in RUNS if name in measured[0] and "margin" in measured[0][name]):
+        lam = RUNS[name].more.get("lam", 0.0)
+        h, augmented, gaps = ([m[name][key] for m in measured] for key in ("margin", "augmented_margin", "gap"))
+        beta = toy.STAGES["dpo"].get("beta", train.PAPER_1["beta"])
+        scale = lam * (beta if RUNS[name].recipe == "sr-ipo" else 1.0)           # h - λΔ/β, and h - λΔ as sr-ipo is printed
+        rows.append([f"`{name}`", over_seeds([a.mean() for a in h], "{:.2f}"),
+                     over_seeds([(a - scale * b).mean() for a, b in zip(h, augmented)], "{:.2f}"),
+                     *(over_seeds([100 * (a > 0).mean() for a in some], "{:.1f}") for some in (h, augmented)),
+                     *(over_seeds([f(a, b) for a, b in zip(h, gaps)], "{:.2f}") for f in (
+                         lambda a, b: np.corrcoef(a, b)[0, 1], lambda a, b: np.corrcoef(ranks_of(a), ranks_of(b))[0, 1],
+                         kendall))])
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written: figures
+
+COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #444444 #999933".split()
+
+
+def smooth(values, width=9):
+    """Means over a window of steps, shorter at the ends: (steps,) -> (steps,)."""
+    width = min(width, max(1, len(values) // 4))
+    return np.array([np.mean(values[max(0, i - width // 2):i + width // 2 + 1]) for i in range(len(values))])
+
+
+def draw_line(axes, x, seeds, label, colour, **style):
+    """The mean over the seeds [(steps,)] as a line, and ± one standard deviation as a band."""
+    seeds = np.array(seeds)
+    axes.plot(x, seeds.mean(0), label=label, color=colour, **style)
+    if len(seeds) > 1:
+        axes.fill_between(x, seeds.mean(0) - seeds.std(0, ddof=1), seeds.mean(0) + seeds.std(0, ddof=1), color=colour, alpha=0.15,
+                          linewidth=0)
+
+
+def draw_curves(axes, measured, names, key, labels=None):
+    """A figure of the steps, smoothed, of each run that has it."""
+    for i, name in enumerate(names):
+        if key in measured[0][name]:
+            seeds = [smooth(m[name][key]) for m in measured]
+            draw_line(axes, np.arange(1, len(seeds[0]) + 1), seeds, (labels or {}).get(name, name), COLOURS[i % len(COLOURS)])
+    axes.set_xlabel("step")
+
+
+def draw_bars(axes, measured, names, key="prompts_reward", colour=COLOURS[0], shift=0.0, width=0.7, label=None):
+    """The mean of an array of each run, and ± one standard deviation over the seeds."""
+    values = np.array([[m[name][key].mean() for name in names] for m in measured])
+    axes.bar(np.arange(len(names)) + shift, values.mean(0), width, yerr=values.std(0, ddof=1) if len(values) > 1 else None,
+             color=colour, capsize=3, label=label)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+
+
+def figure_margins(figure, measured):
+    """Margins and accuracies over the steps (paper 1, Figure 1)."""
+    names = ["dpo", "sr-dpo-lam0.3", "sr-dpo-lam1.0", "ipo", "sr-ipo-lam0.3", "sr-ipo-lam1.0"]
+    for axes, (key, title) in zip(figure.subplots(2, 2).flat, (
+            ("curve_margin", "margin h"), ("curve_refined_margin", "refined margin"),
+            ("curve_accuracy", "accuracy"), ("curve_augmented_accuracy", "augmented accuracy"))):
+        draw_curves(axes, measured, names, key)
+        axes.set_title(title)
+    figure.axes[0].legend(fontsize=7)
+
+
+def figure_lambda(figure, measured):
+    """True reward against λ."""
+    axes = figure.subplots()
+    for loss, colour in (("dpo", COLOURS[0]), ("ipo", COLOURS[1])):
+        seeds = [[m[name]["prompts_reward"].mean() for name in (loss, *(sr(loss, lam) for lam in LAMBDAS))] for m in measured]
+        draw_line(axes, [0, *LAMBDAS], seeds, f"Sr-{loss.upper()}", colour, marker="o")
+    axes.set(xlabel="λ (0: DPO, IPO)", ylabel="true reward")
+    axes.legend()
+
+
+def figure_online(figure, measured):
+    """Losses and true rewards online, over the steps."""
+    names = ["osp", "osp-ipo", "osp-dpo"]
+    left, right = figure.subplots(1, 2)
+    for i, name in enumerate(names):
+        seeds = [smooth(m[name]["curve_loss"] / m[name]["curve_loss"][0]) for m in measured]
+        draw_line(left, np.arange(1, len(seeds[0]) + 1), seeds, name, COLOURS[i])
+    left.set(xlabel="step", title="loss, over its first")
+    left.legend()
+    draw_curves(right, measured, names, "curve_true")
+    right.set_title("true reward of the samples")
+
+
+def figure_ablations(figure, measured):
+    """Loss, pairing and sampling."""
+    for axes, (title, names) in zip(figure.subplots(1, 3, sharey=True), (
+            ("loss", ["osp", "osp-ipo", "osp-dpo", "sr-spce"]),
+            ("pairing", ["osp", "random-pairs", "self-rewarding", "raft", "spin"]),
+            ("sampling", ["osp", "sft-sampling", "rso", "offline-soft"]))):
+        draw_bars(axes, measured, names)
+        axes.set_title(title)
+    figure.axes[0].set_ylabel("true reward")
+
+
+def figure_data(figure, measured):
+    """Accuracy of the preference model and of the reward model against the share of the data, and what is made of it."""
+    left, right = figure.subplots(1, 2)
+    x = [100 * fraction for fraction in FRACTIONS]
+    for i, (says, run, key) in enumerate((("preference model", "judge", "verdict"), ("reward model", "reward", "reward_margin"))):
+        seeds = [[100 * share(run + tail(fraction), key)(m, slice(None)) for fraction in FRACTIONS] for m in measured]
+        draw_line(left, x, seeds, says, COLOURS[i], marker="o")
+    left.axhline(np.mean([100 * share("sft", "verdict")(m, slice(None)) for m in measured]), color="grey", linestyle=":",
+                 label="no data")
+    left.set(xscale="log", xlabel="share of the pairs, %", ylabel="accuracy, %")
+    left.legend()
+    for i, name in enumerate(("osp", "rlhf")):
+        draw_bars(right, measured, [name + "-0.02", name], colour=COLOURS[i], shift=0.4 * i - 0.2, width=0.35, label=name)
+    right.set_xticks([0, 1], ["2 %", "100 %"], rotation=0, ha="center")
+    right.set(ylabel="true reward", xlabel="share of the pairs")
+    right.legend()
+
+
+def figure_tuples(figure, measured):
+    """True reward against the number of training tuples."""
+    axes = figure.subplots()
+    for i, name in enumerate(("dpo", "ipo", sr("dpo"), sr("ipo"))):
+        seeds = [[m[run]["prompts_reward"].mean() for run in ("sft", *(f"{name}-{n}" for n in TUPLES[:-1]), name)] for m in measured]
+        draw_line(axes, [0, *TUPLES], seeds, name, COLOURS[i], marker="o")
+    axes.set(xlabel="training tuples, one epoch (0: the start)", ylabel="true reward")
+    axes.legend()
+
+
+def figure_k(figure, measured):
+    """True reward against K."""
+    axes = figure.subplots()
+    seeds = [[m[name]["prompts_reward"].mean() for name in ("judge", "osp-k3", "osp", "osp-k15")] for m in measured]
+    draw_line(axes, [0, 3, 7, 15], seeds, "osp", COLOURS[0], marker="o")
+    axes.set(xlabel="K (0: the start)", ylabel="true reward")
+
+
+def figure_domains(figure, measured):
+    """The domain that was trained on, beside the other one; and what RLHF's reward model says of both."""
+    left, right = figure.subplots(1, 2)
+    names = ["sft", "dpo", "ipo", "rlhf", "osp"]
+    for i, (key, says) in enumerate((("prompts", "trained on"), ("advice", "second domain"))):
+        draw_bars(left, measured, names, f"{key}_reward", COLOURS[i], 0.4 * i - 0.2, 0.35, says)
+        learned = np.array([[m["rlhf"][f"{key}_{who}learned"].mean() for who in ("sft_", "")] for m in measured])
+        right.bar(np.arange(2) + 0.4 * i - 0.2, learned.mean(0), 0.35, color=COLOURS[i], label=says)
+    left.set_title("true reward")
+    left.legend()
+    right.set_xticks([0, 1], ["sft", "rlhf"])
+    right.set_title("learned reward")
+
+
+def figure_recipes(figure, measured):
+    """A curve for each recipe: the loss over its first, and online the true reward of the samples."""
+    names = [name for name in RUNS if name in measured[0] and "curve_loss" in measured[0][name] and "-0." not in name]
+    for axes, name in zip(figure.subplots(5, 4).flat, names):
+        seeds = [smooth(m[name]["curve_loss"]) for m in measured]
+        draw_line(axes, np.arange(1, len(seeds[0]) + 1), seeds, "loss", COLOURS[0])
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=7)
+        for key in ("curve_true", "curve_accuracy"):
+            if key in measured[0][name]:
+                other = axes.twinx()
+                seeds = [smooth(m[name][key]) for m in measured]
+                draw_line(other, np.arange(1, len(seeds[0]) + 1), seeds, key, COLOURS[1])
+                other.tick_params(labelsize=7, colors=COLOURS[1])
+                break
+
+
+FIGURES = {                                          # file: (what draws it, inches, what it mirrors)
+    "margins": (figure_margins, (9, 6)), "lambda": (figure_lambda, (5, 3.5)), "tuples": (figure_tuples, (5, 3.5)),
+    "online": (figure_online, (9, 3.5)), "ablations": (figure_ablations, (10, 4)), "data": (figure_data, (9, 3.5)),
+    "k": (figure_k, (5, 3.5)), "domains": (figure_domains, (9, 3.5)), "recipes": (figure_recipes, (12, 12))}
+
+
+def draw_figures(folder, measured):
+    """All figures as PNG files in a folder; returns {file name: what it shows} of those whose runs are there."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.figure
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    for name, (draw, inches) in FIGURES.items():
+        figure = matplotlib.figure.Figure(inches, layout="constrained")
+        with contextlib.suppress(KeyError):          # a run that was not asked for
+            draw(figure, measured)
+            figure.savefig(folder / f"{name}.png", dpi=110)
+            drawn[f"{name}.png"] = draw.__doc__.rstrip(".")
+    return drawn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+def load_measured(names, settings):
+    """[{run: {name: array}}], one entry a seed."""
+    found = []
+    for seed in settings.seeds:
+        folder = Path(settings.out_dir) / f"seed{seed}"
+        found.append({name: dict(np.load(folder / name / "measured.npz")) for name in names})
+    return found
+
+
+WEIGHING = f"""\
+Each claim rests on one or a few differences between runs. The difference that would matter was written into `CLAIMS` before
+the runs; the interval is a paired bootstrap ({DRAWS} draws) over seeds and, within each, over prompts or pairs. "≥ d" holds
+where the interval lies above 0 and the mean reaches d, and does not hold where the interval lies below d; "> −d" (keeps) holds
+where the interval lies above −d; "within ± d" (alike) where all of it does. Else nobody can tell. A claim holds where all its
+parts do. Rewards are the true ones, from −1 to 1.
+"""
+
+
+def report(measured, settings, drawn):
+    """RESULTS.md: a pure function of the measurements, but for the commit and the seconds that it names."""
+    rows, verdicts = claim_rows(settings.claims, measured)
+    count = {word: list(verdicts.values()).count(word) for word in ("holds", "does not hold", "cannot tell")}
+    seeds = ", ".join(map(str, settings.seeds))
+    commits = sorted({str(cli.read_json(path).get("commit")) for path in Path(settings.out_dir).glob("seed*/*/config.json")})
+    text = ["# Results", "",
+            f"`python reproduce.py{' --quick' if settings.quick else ''}` at commit {', '.join(commits)}: seeds {seeds}, "
+            f"{settings.prompts} held-out prompts with two samples each (temperature 0.7, top_p 0.9), a 0.9 M-parameter Llama.", ""]
+    if settings.quick:
+        text += ["**A tenth of the steps: this shows that everything works, and says nothing about the papers.**", ""]
+    text += ["## Claims", "", WEIGHING,
+             f"{count['holds']} hold, {count['does not hold']} do not, of {count['cannot tell']} nobody can tell.", "",
+             table(["", "the paper's claim", "its figures", "here: mean ± deviation over the seeds [95 % interval] · what would "
+                    "matter · verdict", "verdict"], rows), ""]
+    text += [f"- **{name}**: {CLAIMS[name].note}" for name in settings.claims if CLAIMS[name].note] + [""]
+    text += ["## Systems", "", "True reward of the samples; floors and ceilings first. Wins are over `sft`, ties half.", "",
+             table(["", "true reward"], landmark_rows(measured)), "",
+             table(["run", "true reward", "wins, %", "second domain", "tokens", "KL to its start, nats"], system_rows(measured)), ""]
+    with contextlib.suppress(KeyError):
+        rows = judge_rows(measured)
+        text += ["## Judge and reward model", "", "Accuracy in % on 512 held-out pairs, by share of the preference data. An "
+                 f"all-knowing judge has {over_seeds([100 * (m['sft']['gap'] > 0).mean() for m in measured], '{:.1f}')} on the "
+                 "noisy labels.", "",
+                 table(["data, %", "judge, noisy labels", "reward model", "judge, true order", "reward model"], rows), ""]
+    rows = margin_rows(measured)
+    if rows:
+        text += ["## Margins on held-out pairs", "", table(["run", "h", "refined", "accuracy, %", "augmented accuracy, %",
+                                                            "Pearson", "Spearman", "Kendall"], rows), ""]
+    if "work" in measured[0]:
+        text += ["## Time", "", "Arithmetic of an update over DPO's, and seconds over DPO's (medians of rounds in turn; other runs "
+                 "went on beside them).", "", table(["", "arithmetic", "seconds"], work_rows(measured)), ""]
+    text += ["## Figures", "", *(f"**{says}**\n\n![{says}](figures/{name})\n" for name, says in drawn.items())] if drawn else []
+    return "\n".join(text).rstrip() + "\n"
+
+
+def work_rows(measured):
+    rows = []
+    for name in ("dpo", "ipo", "sr-dpo", "sr-ipo"):
+        ratios = [float(np.median(m["work"][f"{name}_seconds"]) / np.median(m["work"]["dpo_seconds"])) for m in measured]
+        rows.append([f"`{name}`", over_seeds([float(m["work"][name] / m["work"]["dpo"]) for m in measured]),
+                     over_seeds(ratios, "{:.2f}")])
+    return rows
+
+
+def main(settings):
+    """Run what the claims need and is not there yet, measure it, and write the report."""
+    started, out = time.time(), Path(settings.out_dir)
+    names = settings.names()
+    budget = len(settings.seeds) * sum(seconds_of(name, settings.scale) for name in names)
+    print(f"{', '.join(settings.claims)}: {len(names)} runs for each of {len(settings.seeds)} seeds, {settings.workers} at a time: "
+          f"about {cli.duration(budget / settings.workers)} on quiet cores.\n{', '.join(names)}\nWhat is finished in {out} is not "
+          f"run again.\n", flush=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        carry_out(names, settings)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from there.")
+        sys.exit(130)
+    measured = load_measured(names, settings)
+    drawn = draw_figures(out / "figures", measured)
+    text = report(measured, settings, drawn)
+    (out / "RESULTS.md").write_text(text, encoding="utf-8")
+    print(text[text.index("## Claims"):text.index("## Figures")] if "## Figures" in text else text)
+    print(f"written to {out / 'RESULTS.md'}, in {cli.duration(time.time() - started)}")
+
+
+if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    sys.argv[1:] = ([f"--claims={','.join(words)}"] if words else []) + [word for word in sys.argv[1:] if word.startswith("-")]
+    cli.run(main, Settings)

@@ -1,0 +1,224 @@
+"""reproduce.py: verdicts and the bootstrap by hand, the runs that claims ask for, measurements, and the same table twice."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import reproduce
+import rlhf
+import toy
+import train
+from cli import InputError
+
+REPRODUCE = Path(reproduce.__file__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts
+
+@pytest.mark.parametrize("kind, mean, low, high, expected", [
+    ("more", 0.05, 0.01, 0.09, "holds"),               # above 0, and large enough
+    ("more", 0.02, 0.01, 0.04, "cannot tell"),         # above 0, but perhaps too small
+    ("more", 0.02, -0.01, 0.04, "cannot tell"),
+    ("more", 0.01, -0.01, 0.02, "does not hold"),      # whatever it is, it is too small
+    ("more", -0.2, -0.3, -0.1, "does not hold"),
+    ("keeps", 0.0, -0.02, 0.02, "holds"),
+    ("keeps", 0.5, 0.4, 0.6, "holds"),
+    ("keeps", -0.05, -0.09, -0.01, "does not hold"),
+    ("keeps", -0.02, -0.04, 0.01, "cannot tell"),
+    ("alike", 0.0, -0.02, 0.02, "holds"),
+    ("alike", 0.05, 0.01, 0.09, "does not hold"),
+    ("alike", -0.05, -0.09, -0.01, "does not hold"),
+    ("alike", 0.02, -0.01, 0.05, "cannot tell"),
+])
+def test_verdict(kind, mean, low, high, expected):
+    part = reproduce.Part("", None, 0.03, kind)
+    assert reproduce.verdict(part, mean, low, high) == expected
+
+
+def test_a_claim_is_as_good_as_its_worst_part():
+    assert reproduce.together(["holds", "holds"]) == "holds"
+    assert reproduce.together(["holds", "cannot tell"]) == "cannot tell"
+    assert reproduce.together(["cannot tell", "does not hold", "holds"]) == "does not hold"
+
+
+def rewards(*means, spread=0.0, n=400):
+    """Measurements of two runs, a and sft, one entry a seed: a is better by its mean, prompt by prompt."""
+    rng = np.random.default_rng(1)
+    found = []
+    for mean in means:
+        hard = rng.normal(size=(n, 1))                          # prompts differ more than the runs do
+        found.append({"sft": {"prompts_reward": hard}, "a": {"prompts_reward": hard + mean + spread * rng.normal(size=(n, 1))}})
+    return found
+
+
+def test_bootstrap_is_paired():
+    """Prompts of deviation 1 and a constant difference of ¼: the interval is a point; unpaired it would be ± 0.1 wide."""
+    result = reproduce.weigh(reproduce.better("a", "sft"), rewards(0.25, 0.25))
+    assert result.values == pytest.approx([0.25, 0.25]) and result.low == pytest.approx(0.25) == pytest.approx(result.high)
+    assert result.verdict == "holds"
+
+
+def test_bootstrap_has_the_width_of_theory():
+    """One seed, differences of deviation 1 over 400 prompts: ± 1.96 / 20. Two seeds half apart: their spread is in it."""
+    result = reproduce.weigh(reproduce.better("a", "sft"), rewards(0.0, spread=1.0))
+    assert result.high - result.low == pytest.approx(2 * 1.96 / 20, rel=0.12)
+    result = reproduce.weigh(reproduce.better("a", "sft"), rewards(0.0, 0.5))
+    assert result.low == pytest.approx(0.0, abs=1e-9) and result.high == pytest.approx(0.5)
+    assert result.verdict == "cannot tell"
+
+
+def test_bootstrap_without_rows_draws_seeds():
+    measured = [{"work": {"dpo": np.array(1.0), "sr-dpo": np.array(1.238 + d)}} for d in (0.0, 0.02)]
+    result = reproduce.weigh(reproduce.CLAIMS["S5"].parts[0], measured)
+    assert result.low == pytest.approx(0.0, abs=1e-9) and result.high == pytest.approx(0.02) and result.verdict == "holds"
+
+
+def test_rank_correlations_by_hand():
+    a, b = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 4.0])
+    assert reproduce.kendall(a, b) == pytest.approx(4 / 6)               # five pairs in order, one not
+    assert np.corrcoef(reproduce.ranks_of(a), reproduce.ranks_of(b))[0, 1] == pytest.approx(0.8)       # 1 - 6·2 / (4·15)
+    assert list(reproduce.ranks_of(np.array([5.0, 1.0, 5.0]))) == [2.5, 1.0, 2.5]
+    assert reproduce.kendall(np.array([1.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(2 / np.sqrt(2 * 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+def test_every_claim_and_every_recipe_is_there():
+    assert list(reproduce.CLAIMS) == [f"S{i}" for i in range(1, 7)] + [f"O{i}" for i in range(1, 9)]
+    assert {run.recipe for run in reproduce.RUNS.values()} >= {*train.RECIPES, *rlhf.RECIPES}
+    for claim in reproduce.CLAIMS.values():
+        assert reproduce.runs_of(claim) <= reproduce.RUNS.keys() and claim.parts
+
+
+def test_a_run_stands_behind_what_it_needs():
+    names = list(reproduce.RUNS)
+    for name, run in reproduce.RUNS.items():
+        assert all(names.index(other) < names.index(name) for other in run.needs)
+
+
+def test_a_claim_runs_what_it_needs_and_no_more():
+    assert reproduce.Settings(claims=["S2"]).names() == ["world", "base", "sft", "sr-dpo-lam0.3", "sr-ipo-lam0.3"]
+    assert {"judge-0.02", "reward-0.02"} <= set(reproduce.Settings(claims=["O2"]).names())
+    assert reproduce.Settings().names() == list(reproduce.RUNS)
+
+
+def test_settings_of_runs(tmp_path):
+    of = {name: reproduce.settings_of(name, tmp_path, 3, 1.0) for name, run in reproduce.RUNS.items()
+          if run.recipe not in ("world", "work")}
+    assert of["judge-0.02"].data_fraction == 0.02 and of["judge"].data_fraction == 1.0
+    assert of["osp-0.02"].model == str(tmp_path / "judge-0.02/final") and of["osp-0.02"].out_dir == str(tmp_path / "osp-0.02")
+    assert of["rlhf-0.02"].reward == str(tmp_path / "reward-0.02/final") and of["rlhf"].model == str(tmp_path / "sft/final")
+    assert of["sr-ipo-lam1.0"].lam == 1.0 and of["osp-k3"].k == 3 and {s.seed for s in of.values()} == {3}
+    assert of["dpo-800"].steps * of["dpo-800"].batch_size == 800 and of["dpo"].steps * of["dpo"].batch_size == 3200
+    assert reproduce.settings_of("dpo", tmp_path, 3, 0.1).steps == of["dpo"].steps // 10
+    assert of["base"].model == str(tmp_path / "world/model")
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["S9"], "S9 is no claim"), (["S1", "--workers=0"], "--workers=0"), (["--seeds=-1"], "--seeds=-1"), (["--quik"], "--quick"),
+])
+def test_bad_input_is_one_sentence(arguments, sentence, tmp_path):
+    done = subprocess.run([sys.executable, REPRODUCE, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements
+
+SEA, BEST = "A calm line about the sea at dawn:", "calm waves tide shells dawn thanks"
+
+
+def test_curves_are_the_rewards_of_the_rollouts(tmp_path):
+    """Step 1: a best response (1) and a rude word (-1 / 4.5); step 2: one on-topic noun (1 / 4.5), and silence (0)."""
+    rows = [{"prompt": SEA, "chosen": f" {BEST}", "rejected": " boring", "step": 1},
+            {"prompt": SEA, "chosen": " waves", "rejected": "", "step": 2}]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "kl": null}\n{"step": 2, "loss": 1.0}\n')
+    found = reproduce.curves(tmp_path, "osp")
+    assert found["curve_true"] == pytest.approx([(1 - 1 / 4.5) / 2, 1 / 9]) and list(found["curve_loss"]) == [2.0, 1.0]
+    assert reproduce.curves(tmp_path, "spin")["curve_true"] == pytest.approx([-1 / 4.5, 0.0])        # its own samples alone
+    assert np.isnan(found["curve_kl"]).all() and "curve_margin" not in found
+
+
+@pytest.fixture
+def miniature(monkeypatch):
+    """A small world of small models, in this process."""
+    monkeypatch.setattr(toy, "ROWS", dict(texts=64, sft=64, pairs=64, blanks=16, held_out=24, advice=4, eval=16))
+    monkeypatch.setattr(toy, "SHAPE", toy.SHAPE | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1))
+    for stage in toy.STAGES.values():
+        monkeypatch.setitem(stage, "steps", 3)
+        monkeypatch.setitem(stage, "batch_size", 8)
+    monkeypatch.setattr(reproduce, "DRAWS", 50)
+
+
+def reproduced(out, *claims, **more):
+    settings = reproduce.Settings(claims=list(claims), out_dir=str(out), seeds=[0, 1], workers=1, **more)
+    reproduce.main(settings)
+    return (out / "RESULTS.md").read_text()
+
+
+def test_the_same_seed_gives_the_same_table(miniature, tmp_path):
+    """Twice from nothing, byte for byte; a third time nothing is run; figures are PNG files."""
+    claims = ("S2", "S4", "O3", "O7")
+    first, second = (reproduced(tmp_path / name, *claims) for name in ("a", "b"))
+    assert first == second and all(f"**{name}**" in first for name in claims) and "nan" not in first
+    for name in ("`sft`", "`spin`", "`raft`", "a response to another prompt", "## Judge and reward model"):
+        assert name in first
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("seed*/*/*") if path.is_file()}
+    assert reproduced(tmp_path / "a", *claims) == first
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("seed*/*/*") if path.is_file()}
+    for path in (tmp_path / "a/figures").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG") and f"figures/{path.name}" in first
+
+
+def test_interrupted_it_goes_on(miniature, tmp_path, monkeypatch):
+    """Stopped in the middle of a measurement: what was finished stays, and the table is that of a run without a stop."""
+    whole = reproduced(tmp_path / "whole", "S2")
+    measure = reproduce.measure
+
+    def stop(name, *rest):
+        if name == "sr-ipo-lam0.3":
+            raise KeyboardInterrupt
+        return measure(name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce, "measure", stop)
+        with pytest.raises(SystemExit) as left:
+            reproduced(tmp_path / "parts", "S2")
+    assert left.value.code == 130 and (tmp_path / "parts/seed0/sr-dpo-lam0.3/measured.npz").exists()
+    assert not (tmp_path / "parts/RESULTS.md").exists()
+    assert reproduced(tmp_path / "parts", "S2") == whole
+
+
+def test_runs_of_other_settings_are_refused(miniature, tmp_path):
+    reproduced(tmp_path, "S5")
+    with pytest.raises(InputError, match="seed 0, world: .*seed0/world holds another run .scale, prompts differ"):
+        reproduced(tmp_path, "S5", quick=True)
+
+
+def test_a_tenth_of_the_arithmetic_is_counted(miniature, tmp_path):
+    """Sr-DPO's update costs more than DPO's, by the forward passes behind p; IPO's costs the same as DPO's."""
+    reproduced(tmp_path, "S5")
+    found = np.load(tmp_path / "seed0/work/measured.npz")
+    assert found["ipo"] == found["dpo"] < found["sr-dpo"] == found["sr-ipo"]
+    assert all(len(found[f"{name}_seconds"]) == len(found["dpo_seconds"]) > 2 for name in ("dpo", "ipo", "sr-dpo", "sr-ipo"))
+
+
+@pytest.mark.slow
+def test_quick_twice(tmp_path):
+    """`python reproduce.py --quick` from nothing, twice, with workers of its own: the same table (but for seconds)."""
+    tables = []
+    for name in ("a", "b"):
+        done = subprocess.run([sys.executable, REPRODUCE, "--quick", f"--out_dir={tmp_path / name}"], capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        text = (tmp_path / name / "RESULTS.md").read_text()
+        tables.append(text[:text.index("## Time")])
+    assert tables[0] == tables[1] and all(f"**{name}**" in tables[0] for name in reproduce.CLAIMS)
