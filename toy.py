@@ -258,11 +258,11 @@ def corpus():
     return texts + list(judge.TEMPLATES.values()) * 8
 
 
-def write_sentencepiece(folder):
-    """tokenizer.model, as Llama has it; byte pieces stand for what the vocabulary lacks."""
+def write_sentencepiece(folder, texts, vocabulary):
+    """tokenizer.model with so many pieces of the texts, as Llama has it; byte pieces stand for what the vocabulary lacks."""
     content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()), model_writer=content, model_type="bpe", vocab_size=VOCABULARY, byte_fallback=True,
+        sentence_iterator=iter(texts), model_writer=content, model_type="bpe", vocab_size=vocabulary, byte_fallback=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1,
         minloglevel=2)
     (folder / "tokenizer.model").write_bytes(content.getvalue())
@@ -293,16 +293,16 @@ def merge_pairs(words, number):
     return merges
 
 
-def write_byte_level(folder):
-    """tokenizer.json, as GPT-NeoX has it: byte-level BPE."""
+def write_byte_level(folder, texts, vocabulary):
+    """tokenizer.json with so many pieces of the texts, as GPT-NeoX has it: byte-level BPE."""
     shown = {byte: char for char, byte in data.BYTE_OF.items()}
     words = {}
-    for word in re.findall(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s", "\n".join(corpus())):
+    for word in re.findall(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s", "\n".join(texts)):
         word = "".join(shown[byte] for byte in word.encode())
         words[word] = words.get(word, 0) + 1
     end = "<|endoftext|>"
     vocab = [end, *(shown[byte] for byte in range(256))]
-    merges = merge_pairs(words, VOCABULARY - len(vocab))
+    merges = merge_pairs(words, vocabulary - len(vocab))
     vocab = {piece: id for id, piece in enumerate(dict.fromkeys(vocab + [a + b for a, b in merges]))}
     special = dict(id=0, content=end, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
@@ -319,17 +319,19 @@ SHAPE = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_at
              vocab_size=VOCABULARY)
 
 
-def write_model(folder, family, seed):
-    """An untrained model folder: tokenizer, config.json, weights."""
+def write_model(folder, family, seed, texts=None, shape=None):
+    """An untrained model folder: tokenizer, config.json, weights. texts: what the tokenizer learns from, by default this
+    world's; shape: keys of config.json, by default SHAPE."""
+    texts, shape = texts or corpus(), shape or SHAPE
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "tokenizer_config.json", TOKENIZERS[family](folder))
+    write_json(folder / "tokenizer_config.json", TOKENIZERS[family](folder, texts, shape["vocab_size"]))
     tokenizer = data.load_tokenizer(folder)
-    raw = SHAPE | dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    raw = shape | dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     if family == "llama":
         raw |= dict(model_type="llama", architectures=["LlamaForCausalLM"], rms_norm_eps=1e-5, tie_word_embeddings=True)
     else:
         raw |= dict(model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"], hidden_act="gelu", rotary_pct=0.25,
-                    intermediate_size=4 * SHAPE["hidden_size"], use_parallel_residual=True)
+                    intermediate_size=4 * shape["hidden_size"], use_parallel_residual=True)
     model.save(model.Transformer(model.parse_config(raw)).initialise(seed), folder)
 
 

@@ -211,6 +211,111 @@ def test_a_tenth_of_the_arithmetic_is_counted(miniature, tmp_path):
     assert all(len(found[f"{name}_seconds"]) == len(found["dpo_seconds"]) > 2 for name in ("dpo", "ipo", "sr-dpo", "sr-ipo"))
 
 
+def test_without_matplotlib_nothing_is_begun(miniature, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match="pip install -e"):
+        reproduced(tmp_path / "out", "S2")
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers
+
+def label(name):
+    if name == "stopped":
+        raise InputError("stopped is what it is.")
+    return 0.0 if name == "kept" else 1.0
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_jobs_wait_for_what_they_need(workers, capsys):
+    """A chain and a fan, in any number of workers; what took no time is not told."""
+    jobs = {"a": ([], ("a",)), "b": (["a"], ("b",)), "kept": (["a"], ("kept",)), "d": (["b", "kept"], ("d",))}
+    reproduce.carry_out(jobs, label, workers)
+    told = [line.split("] ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert told == ["a: 1 s", "b: 1 s", "d: 1 s"]
+    with pytest.raises(InputError, match="stopped is what it is"):
+        reproduce.carry_out({"a": ([], ("a",)), "x": (["a"], ("stopped",)), "y": (["x"], ("y",))}, label, workers)
+
+
+def killed(name):
+    os.kill(os.getpid(), 9)
+
+
+def test_a_killed_worker_is_named():
+    with pytest.raises(InputError, match="one of (one|two; one|one; two|two) was killed"):
+        reproduce.carry_out({"one": ([], ("one",)), "two": ([], ("two",))}, killed, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real preferences
+
+def dialogue(i):
+    """A pair in HH's form; every third dialogue goes on from the one before."""
+    turns = "".join(f"\n\nHuman: question {i // 3} {j}?\n\nAssistant: answer {j}." for j in range(i % 3))
+    head = turns + f"\n\nHuman: question {i // 3} {i % 3}?\n\nAssistant:"
+    return {"chosen": f"{head} a good and long answer {i}.", "rejected": f"{head} bad {i}."}
+
+
+@pytest.fixture
+def dialogues(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(dialogue(i)) + "\n" for i in range(90)))
+    return path
+
+
+def test_hh_holds_out_whole_dialogues(dialogues):
+    rows, _ = reproduce.data.read_rows(dialogues, "ordered pairs")
+    kept, held_out = reproduce.hold_out(rows, 0)
+    assert len(kept) + len(held_out) == 90 and 18 <= len(held_out) <= 20
+    assert not {row.prompt[0]["content"] for row in kept} & {row.prompt[0]["content"] for row in held_out}
+    assert [row.chosen for row in reproduce.hold_out(rows, 0)[1]] == [row.chosen for row in held_out]
+
+
+def test_hh_base_reads_exchanges_and_ratings(dialogues):
+    """Each dialogue's first exchanges once, its last with either answer; where it is rated, 100 stands before the chosen one."""
+    rows, _ = reproduce.data.read_rows(dialogues, "ordered pairs")
+    texts = reproduce.base_texts(rows, 0)
+    p = reproduce.data.REFINEMENT_PROMPT
+    rated = [text for text in texts if text.startswith(p.split("100")[0])]
+    assert len(texts) == 180 + 60 and 60 < len(rated) < 120               # of 30 openings, the first and the second exchange
+    for text in rated:
+        assert ("bad" in text) == text.startswith(p.replace("100", "1", 1)) and ("good" in text) == text.startswith(p)
+
+
+def test_hh_in_miniature(dialogues, tmp_path, monkeypatch, capsys):
+    """Base, SFT, DPO, IPO and their refined forms, once and not again; the table's figures are those of the last evaluation."""
+    monkeypatch.setattr(reproduce, "LAMBDAS", (0.3,))
+    monkeypatch.chdir(tmp_path)
+    settings = reproduce.HHSettings(data=[str(dialogues)], quick=True, workers=1)
+    reproduce.hh(settings)
+    text = (tmp_path / "out/hh-quick/RESULTS-hh.md").read_text()
+    assert (tmp_path / "out/hh-quick/figures/hh.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("dpo", "ipo", "sr-dpo-lam0.3", "sr-ipo-lam0.3"):
+        last = reproduce.checkpoint.last_record(tmp_path / "out/hh-quick" / name / "metrics.jsonl")
+        h, refined, accuracy, augmented = reproduce.hh_ends(tmp_path / "out/hh-quick", name)
+        assert [h, accuracy] == pytest.approx([last["eval_margin"], last["eval_accuracy"]], abs=1e-5)
+        if name.startswith("sr-"):
+            assert [refined, augmented] == pytest.approx([last["eval_refined_margin"], last["eval_augmented_accuracy"]], abs=1e-5)
+        assert f"| `{name}` | {h:.2f} |" in text
+    capsys.readouterr()
+    reproduce.hh(settings)
+    assert text in capsys.readouterr().out and (tmp_path / "out/hh-quick/RESULTS-hh.md").read_text() == text
+    with pytest.raises(InputError, match="world was made with other settings .seed differ"):
+        reproduce.hh(reproduce.HHSettings(data=[str(dialogues)], quick=True, workers=1, seed=5))
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["hh"], "--data: name the files"), (["hh", "--data=none.jsonl"], "none.jsonl"),
+    (["hh", "--data=few.jsonl"], "few.jsonl: 1 pairs are too few"), (["hh", "S1"], "hh is no claim"),
+])
+def test_hh_with_bad_input(arguments, sentence, tmp_path):
+    (tmp_path / "few.jsonl").write_text(json.dumps(dialogue(0)) + "\n")
+    done = subprocess.run([sys.executable, REPRODUCE, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]
+
+
 @pytest.mark.slow
 def test_quick_twice(tmp_path):
     """`python reproduce.py --quick` from nothing, twice, with workers of its own: the same table (but for seconds)."""
