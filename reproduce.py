@@ -8,16 +8,14 @@
 A run is an ordinary training (`RUNS`), a measurement of it is arrays over prompts and pairs (`measure`), and a claim is
 a few comparisons of those, with the difference that would matter written beside each before anything was run (`CLAIMS`).
 """
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")        # before torch: runs go side by side, one on a core
-
-import collections
 import concurrent.futures.process
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 import multiprocessing
+import os
 import signal
 import sys
 import tempfile
@@ -27,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import checkpoint
 import cli
@@ -44,6 +42,7 @@ from cli import InputError
 # ---------------------------------------------------------------------------------------------------------------------
 # The runs
 
+ROOT = Path(__file__).parent                          # where RESULTS.md and figures/ lie
 FRACTIONS = (0.02, 0.1, 0.5, 1.0)                    # of the preference data: the tables of paper 2
 LAMBDAS = (0.1, 0.3, 0.5, 1.0)                       # of paper 1, which does not state its pick; ours is 0.3
 TUPLES = (800, 1600, 3200)                           # preference pairs in one epoch; 3200 are those of toy.py
@@ -141,9 +140,7 @@ def settings_of(name, folder, seed, scale):
 
 def measure(name, settings, folder, prompts):
     """What is known of a finished run: {name: array}."""
-    run = RUNS[name]
-    place = Path(settings.out_dir) / "final"
-    world = folder / "world"
+    run, world, place = RUNS[name], folder / "world", Path(settings.out_dir) / "final"
     pairs, _ = data.read_rows(world / "eval_pairs.jsonl", "pairs")
     found = {"gap": np.array([toy.reward(row.prompt, row.chosen) - toy.reward(row.prompt, row.rejected) for row in pairs])}
     found |= curves(Path(settings.out_dir), run.recipe)
@@ -151,29 +148,54 @@ def measure(name, settings, folder, prompts):
         scores = reward_scores(place, [(row.prompt, text) for row in pairs for text in (row.chosen, row.rejected)])
         return found | {"reward_margin": scores[::2] - scores[1::2]}
     net, tokenizer = sample.load_model(place, "float32", "cpu")
-    like = dataclasses.replace(settings, temperature=0.7, top_p=0.9, max_tokens=16)
-    for stream, domain in enumerate(("prompts", "advice")):
-        rows, _ = data.read_rows(world / f"eval_{domain}.jsonl", "prompts")
-        texts = [row.prompt for row in rows[:prompts]]
-        samples = toy.sample_all(net, tokenizer, texts, like, stream)
-        answers = [[sample.response_text(tokenizer, one) for one in group] for group in samples]
-        found |= {f"{domain}_reward": np.array([[toy.reward(x, y) for y in group] for x, group in zip(texts, answers)]),
-                  f"{domain}_length": np.array([[len(one.ids) for one in group] for group in samples]),
-                  f"{domain}_text": np.array(answers)}
-        if name != "base":
-            before, _ = sample.load_model(Path(settings.model), "float32", "cpu")
-            found[f"{domain}_kl"] = np.array(toy.divergence(net, before, tokenizer, texts, samples))
-        if run.reward:
-            for who, some in (("", answers), ("sft_", np.load(folder / "sft" / "measured.npz")[f"{domain}_text"])):
-                scores = reward_scores(Path(settings.reward), [(x, y) for x, group in zip(texts, some) for y in group])
-                found[f"{domain}_{who}learned"] = scores.reshape(len(texts), -1)
+    before, _ = sample.load_model(Path(settings.model), "float32", "cpu")
+    found |= measure_samples(net, before, tokenizer, settings, world, prompts)
+    if run.reward:
+        for domain in DOMAINS:
+            x = [row.prompt for row in data.read_rows(world / f"eval_{domain}.jsonl", "prompts")[0]]
+            for who, held in (("", found), ("sft_", np.load(folder / "sft" / "measured.npz"))):
+                texts = held[f"{domain}_text"]
+                scores = reward_scores(Path(settings.reward), [(x[i], y) for i, group in enumerate(texts) for y in group])
+                found[f"{domain}_{who}learned"] = scores.reshape(texts.shape)
+    if name in ("sft", "spin"):
+        found["data_logprob"] = data_logprobs(net, tokenizer, world)
     if run.recipe == "judge" or name == "sft":
         questioner = judge.Questioner(tokenizer, "helpful", net.config.context)
-        found["verdict"] = judge.compare(net, questioner, [(row.prompt, row.chosen, row.rejected) for row in pairs]).p.numpy()
+        asked = [(row.prompt, row.chosen, row.rejected) for row in pairs]
+        found["verdict"] = judge.compare(net, questioner, asked).p.numpy()
     if run.recipe in ("dpo", "ipo", "sr-dpo", "sr-ipo"):
-        before, _ = sample.load_model(Path(settings.model), "float32", "cpu")
-        found |= margins(net, before, tokenizer, pairs)
+        found |= margins(net, before, tokenizer, pairs, refinement_prompt=settings.refinement_prompt, max_length=64,
+                         max_prompt_length=32)
+        assert len(found["margin"]) == len(pairs)              # each belongs to its gap
     return found
+
+
+DOMAINS = ("prompts", "advice")                      # held-out prompts of the world, and of its second domain
+
+
+def measure_samples(net, before, tokenizer, settings, world, prompts):
+    """Two samples to each of so many held-out prompts, of either domain: texts, true rewards, lengths, all (prompts, 2), and
+    the mean divergence from `before` in nats a response."""
+    like, found = dataclasses.replace(settings, temperature=0.7, top_p=0.9, max_tokens=16), {}
+    for stream, domain in enumerate(DOMAINS):
+        texts = [row.prompt for row in data.read_rows(world / f"eval_{domain}.jsonl", "prompts")[0]][:prompts]
+        samples = toy.sample_all(net, tokenizer, texts, like, stream)
+        answers = [[sample.response_text(tokenizer, one) for one in group] for group in samples]
+        found |= {f"{domain}_text": np.array(answers),
+                  f"{domain}_reward": np.array([[toy.reward(x, y) for y in group] for x, group in zip(texts, answers)]),
+                  f"{domain}_length": np.array([[len(one.ids) for one in group] for group in samples]),
+                  f"{domain}_kl": np.array(toy.divergence(net, before, tokenizer, texts, samples))}
+    return found
+
+
+@torch.no_grad()
+def data_logprobs(net, tokenizer, world):
+    """log π of held-out responses of the SFT data, in nats a token: (N,)."""
+    rows, _ = data.read_rows(world / "eval_sft.jsonl", "responses")
+    pairs, _ = data.encode_dataset(tokenizer, rows, None, 64, 32)
+    forest = data.pack([pair.x + pair.chosen for pair in pairs])
+    found = losses.logprobs(net, forest, [len(pair.x) for pair in pairs])
+    return (found / torch.tensor([len(pair.chosen) for pair in pairs])).numpy()
 
 
 CURVES = "loss margin refined_margin accuracy augmented_accuracy kl response_length reward".split()
@@ -181,7 +203,7 @@ CURVES = "loss margin refined_margin accuracy augmented_accuracy kl response_len
 
 def curves(out, recipe):
     """What a run wrote down at each step: {"curve_loss": (steps,), …}, and "curve_true", the mean true reward of the responses
-    in its rollouts."""
+    in its rollouts: those it trained on (of the reference for sft-sampling, rso and spin; of raft only the best)."""
     records = [record for _, record in checkpoint.records(out / "metrics.jsonl")]
     found = {f"curve_{key}": np.array([record.get(key) for record in records], dtype=float)
              for key in CURVES if any(key in record for record in records)}
@@ -204,16 +226,24 @@ def landmarks(world):
     return {name: np.array([toy.reward(x, y) for x, y in zip(prompts, some)]) for name, some in texts.items()}
 
 
+# torch counts every matrix product, but not its own attention on a CPU.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)}
+
+
 def work(folder, seed, rounds=7):
     """The cost of an update under each recipe with pairs, on the same batch: multiplications and additions counted, and
     seconds, the recipes in turn."""
     found, trainers = {}, {}
     with tempfile.TemporaryDirectory() as place:
         for recipe in ("dpo", "ipo", "sr-dpo", "sr-ipo"):
-            its = dataclasses.replace(settings_of(recipe if recipe in RUNS else sr(recipe[3:]), folder, seed, 1.0))
+            its = settings_of(recipe if recipe in RUNS else sr(recipe[3:]), folder, seed, 1.0)
             its.out_dir = f"{place}/{recipe}"
             trainers[recipe] = train.Trainer(its)
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
                 trainers[recipe].update(0)
             found[recipe] = np.array(float(counter.get_total_flops()))
         for _ in range(rounds):
@@ -225,9 +255,9 @@ def work(folder, seed, rounds=7):
 
 
 @torch.no_grad()
-def margins(policy, reference, tokenizer, rows, chat=None, max_length=64, max_prompt_length=32):
-    """h and h_p of rows (Row): {"margin", "augmented_margin"}, each (N,)."""
-    pairs, _ = data.encode_dataset(tokenizer, rows, chat, max_length, max_prompt_length, data.REFINEMENT_PROMPT)
+def margins(policy, reference, tokenizer, rows, chat=None, refinement_prompt=data.REFINEMENT_PROMPT, **lengths):
+    """h and h_p of rows (Row): {"margin", "augmented_margin"}, each (N,); rows that are alike once they are cut are left out."""
+    pairs, _ = data.encode_dataset(tokenizer, rows, chat, refinement_prompt=refinement_prompt, **lengths)
     found = {"margin": [], "augmented_margin": []}
     for start in range(0, len(pairs), 64):
         for key, query in (("margin", "x"), ("augmented_margin", "px")):
@@ -235,6 +265,14 @@ def margins(policy, reference, tokenizer, rows, chat=None, max_length=64, max_pr
             ours, theirs = (losses.logprobs(net, forest, starts).view(-1, 2).unbind(1) for net in (policy, reference))
             found[key].append(losses.margins(ours, theirs).numpy())
     return {key: np.concatenate(parts) for key, parts in found.items()}
+
+
+def refined(found, settings):
+    """The refined margins (N,) of margins() under the settings of a run; h itself where there is no Δπ."""
+    if not settings.recipe.startswith("sr-"):
+        return found["margin"]
+    scale = settings.delta_scale if settings.recipe == "sr-ipo" else "logistic"
+    return losses.refined_margin(found["margin"], settings.beta * found["augmented_margin"], settings.beta, settings.lam, scale)
 
 
 @torch.no_grad()
@@ -258,7 +296,7 @@ class Settings:
     out_dir: str | None = None               # the runs; what is finished there is kept; default: out/reproduce, or …-quick
     seeds: list[int] | None = None           # worlds, each with models of its own; default: 1 to 4, with --quick 0
     quick: bool = False                      # a tenth of the steps, 64 prompts, one seed: shows that all of it works, no more
-    workers: int | None = None               # runs side by side, one core each; default: the number of cores
+    workers: int | None = field(default=None, compare=False)     # runs side by side, one core each; default: one a core
 
     def __post_init__(self):
         """Fill in what depends on --quick, and refuse what is no claim."""
@@ -280,13 +318,19 @@ class Settings:
     def prompts(self):
         return 64 if self.quick else 512
 
+    @property
+    def whole(self):
+        """Whether this is what RESULTS.md reports: other seeds, folders or a part of the claims must not replace it."""
+        return self == Settings()
+
     def names(self):
-        """The runs that the claims need, in RUNS' order."""
-        wanted = set().union(*(runs_of(CLAIMS[name]) for name in self.claims))
+        """The runs that the claims need, in RUNS' order; with all claims all runs."""
+        wanted = set(RUNS if self.claims == list(CLAIMS) else ["sft"])
+        wanted.update(*(part.runs for name in self.claims for part in CLAIMS[name].parts))
         for name in reversed(RUNS):
             if name in wanted:
                 wanted.update(RUNS[name].needs)
-        return [name for name in RUNS if name in wanted or self.claims == list(CLAIMS)]
+        return [name for name in RUNS if name in wanted]
 
 
 def cores(workers):
@@ -297,33 +341,46 @@ def cores(workers):
     return workers
 
 
-def write_arrays(path, arrays):
-    """{name: array} as an .npz file, whole or not at all."""
-    with open(path.with_suffix(".part"), "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(path.with_suffix(".part"), path)
+def described(name, seed, settings):
+    """All that a run and its measurement depend on, but for the code: its settings, and digests of what it starts from."""
+    if name == "world":
+        return dict(seed=seed, rows=toy.ROWS, shape=toy.SHAPE)
+    about = dict(prompts=settings.prompts, run=dataclasses.asdict(RUNS[name]))
+    if name != "work":
+        about |= dataclasses.asdict(settings_of(name, Path(), seed, settings.scale))
+    for other in RUNS[name].needs:
+        about[f"of {other}"] = hashlib.sha256(json.dumps(described(other, seed, settings)).encode()).hexdigest()[:12]
+    return json.loads(json.dumps(about))
+
+
+def carry(place, about, make):
+    """make() -> {name: array}, once: in place/measured.npz, beside what it is `about`, with what it prints in log.txt.
+
+    Returns the seconds that it took, 0 where it was there already; InputError where the folder holds something else.
+    """
+    started, held = time.time(), cli.read_json(place / "run.json", absent={})
+    if held and held != about:
+        changed = [key for key in about if held.get(key) != about[key]]
+        raise InputError(f"{place} holds another run ({', '.join(changed)} differ); use another --out_dir, or delete that folder.")
+    if (place / "measured.npz").exists():
+        return 0.0
+    place.mkdir(parents=True, exist_ok=True)
+    toy.write_json(place / "run.json", about)
+    try:
+        with open(place / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            found = make()
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+    with open(place / "measured.part", "wb") as file:
+        np.savez(file, **found)
+    os.replace(place / "measured.part", place / "measured.npz")        # whole or not at all
+    return time.time() - started
 
 
 def work_on(name, seed, settings):
     """One run and its measurement; what is already there is kept. Returns the seconds it took, 0 for none."""
-    started, folder = time.time(), Path(settings.out_dir) / f"seed{seed}"
-    place = folder / name
-    asked = dict(scale=settings.scale, prompts=settings.prompts, **dataclasses.asdict(RUNS[name]))
-    held = cli.read_json(place / "run.json", absent={})
-    if held and held != asked:
-        raise InputError(f"seed {seed}, {name}: {place} holds another run ({', '.join(k for k in asked if held.get(k) != asked[k])} "
-                         f"differ); use another --out_dir, or delete that folder.")
-    if (place / "measured.npz").exists():
-        return 0.0
-    place.mkdir(parents=True, exist_ok=True)
-    toy.write_json(place / "run.json", asked)
-    try:
-        with open(place / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-            found = result(name, seed, folder, settings)
-    except InputError as error:
-        raise InputError(f"seed {seed}, {name}: {error}") from error
-    write_arrays(place / "measured.npz", found)
-    return time.time() - started
+    folder = Path(settings.out_dir) / f"seed{seed}"
+    return carry(folder / name, described(name, seed, settings), lambda: result(name, seed, folder, settings))
 
 
 def result(name, seed, folder, settings):
@@ -340,17 +397,22 @@ def result(name, seed, folder, settings):
 
 
 def start_worker(parent):
-    """Ctrl-C goes to all processes of a terminal: a worker hears of it through its parent's SIGTERM, as a Trainer expects."""
+    """A worker leaves Ctrl-C to its parent, unless a run is under way, which then saves; and it ends when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     cli.keep_freed_memory()
     train.leave_with(parent)
 
 
-def in_turn(jobs, work, workers):
-    """The jobs one after the other in this process."""
-    for label, (_, arguments) in jobs.items():
-        yield label, work(*arguments)
+def in_turn(jobs, work):
+    """The jobs one after the other in this process, in one thread, as a worker would: another number rounds differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for label, (_, arguments) in jobs.items():
+            yield label, work(*arguments)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def side_by_side(jobs, work, workers):
@@ -380,35 +442,53 @@ def side_by_side(jobs, work, workers):
                 child.terminate()
 
 
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
 def carry_out(jobs, work, workers):
     """work(*arguments) for each of the jobs {label: (labels that it needs, arguments)}, each behind those that it needs; it returns
     the seconds that it took, and a line is printed unless they are 0. Ctrl-C or SIGTERM ends this process with 130."""
-    started = time.time()
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    started, before = time.time(), {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        for number, (label, seconds) in enumerate((in_turn if workers == 1 else side_by_side)(jobs, work, workers), 1):
+        for number, (label, seconds) in enumerate(in_turn(jobs, work) if workers == 1 else side_by_side(jobs, work, workers), 1):
             if seconds:
                 print(f"{number}/{len(jobs)} [{cli.duration(time.time() - started)}] {label}: {seconds:.0f} s", flush=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):               # a Trainer that was asked to stop leaves by SystemExit
         print("stopped; the same command goes on from there.", flush=True)
         sys.exit(130)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Claims
 
+class Quantity:
+    """A number computed from one seed's measurements m = {run: {name: array}} and pick, the rows (prompts or pairs) that count;
+    and the names of the runs that it reads."""
+
+    def __init__(self, of, *runs):
+        self.of, self.runs = of, frozenset(runs)
+
+    def __sub__(self, other):
+        return Quantity(lambda m, pick: self.of(m, pick) - other.of(m, pick), *self.runs, *other.runs)
+
+
 @dataclass(frozen=True)
 class Part:
-    """A difference that a claim rests on: what it is, how it comes from one seed's measurements, and how large it must be.
-
-    of(m, pick) computes it from m = {run: {name: array}} and pick, the rows (prompts or pairs) that count.
-    """
+    """A difference that a claim rests on: what it is, how it comes about, and how large it must be to matter."""
     says: str
-    of: object
+    quantity: Quantity
     least: float                                     # the difference that would matter
     kind: str = "more"                               # more: ≥ least; keeps: not below -least; alike: within ± least
-    units: tuple = ("sft", "prompts_reward")         # (run, array) whose rows are drawn again; None: there are no rows
+    units: tuple | None = ("sft", "prompts_reward")  # (run, array) whose rows are drawn again; None: there are no rows
     form: str = "{:+.3f}"
+
+    @property
+    def runs(self):
+        return self.quantity.runs | {run for run in (self.units or ())[:1]}
 
 
 @dataclass(frozen=True)
@@ -417,118 +497,116 @@ class Claim:
     says: str                                        # the paper's claim
     paper: str                                       # the paper's figures for it
     parts: tuple
-    note: str = ""                                   # what is different here, or was tried
+    note: str = ""                                   # what is different here, and what was tried
 
 
 def score(name, domain="prompts", what="reward"):
-    """The mean true reward of a run's samples (or their learned one, or length)."""
-    return lambda m, pick: m[name][f"{domain}_{what}"][pick].mean()
+    """The mean true reward of a run's samples (or their learned one)."""
+    return Quantity(lambda m, pick: m[name][f"{domain}_{what}"][pick].mean(), name)
 
 
-def less(a, b):
-    """a - b, for functions of (m, pick)."""
-    return lambda m, pick: a(m, pick) - b(m, pick)
+def combined(function, *quantities):
+    """function([numbers]) of several quantities."""
+    return Quantity(lambda m, pick: function([one.of(m, pick) for one in quantities]), *(run for one in quantities for run in one.runs))
 
 
 def better(a, b, least=0.03, domain="prompts", **more):
     """That run a scores higher than run b."""
     where = "" if domain == "prompts" else ", second domain"
-    return Part(f"{a} − {b}{where}", less(score(a, domain), score(b, domain)), least, units=("sft", f"{domain}_reward"), **more)
+    return Part(f"{a} − {b}{where}", score(a, domain) - score(b, domain), least, units=("sft", f"{domain}_reward"), **more)
 
 
-def share(name, key):
-    """The share of held-out pairs on which an array of a run is above its middle: ½ for a verdict, 0 for a margin."""
-    middle = 0.5 if key == "verdict" else 0.0
-    return lambda m, pick: ((m[name][key][pick] > middle) + 0.5 * (m[name][key][pick] == middle)).mean()
+def right(values, labels=1.0):
+    """Whether the sign of each value is the label's (N,), a value of 0 counting half: (N,)."""
+    return (np.sign(values) == labels) + 0.5 * (values == 0)
+
+
+JUDGED = {"verdict": 0.5, "reward_margin": 0.0, "margin": 0.0, "augmented_margin": 0.0}    # from where the first one wins
+
+
+def accuracy(name, key):
+    """The share of held-out pairs that a run ranks as their noisy labels say."""
+    return Quantity(lambda m, pick: right(m[name][key][pick] - JUDGED[key]).mean(), name)
 
 
 def correlation(name):
     """Pearson's r between the margins h of a run and the gaps of the true reward."""
-    return lambda m, pick: np.corrcoef(m[name]["margin"][pick], m[name]["gap"][pick])[0, 1]
+    return Quantity(lambda m, pick: np.corrcoef(m[name]["margin"][pick], m[name]["gap"][pick])[0, 1], name)
 
 
 def quarter(name, what, number):
     """The mean of a curve of a run over a quarter of its steps."""
-    return lambda m, pick: np.array_split(m[name][f"curve_{what}"], 4)[number].mean()
+    return Quantity(lambda m, pick: np.array_split(m[name][f"curve_{what}"], 4)[number].mean(), name)
 
 
-def distance(name):
-    """How far the mean true reward of a run's samples is from that of the SFT data."""
-    return lambda m, pick: abs(m[name]["prompts_reward"][pick].mean() - m["world"]["data"].mean())
+def lower(a, b):
+    """By what share of it the mean margin of run b is larger than that of run a."""
+    return Quantity(lambda m, pick: 1 - m[a]["margin"][pick].mean() / m[b]["margin"][pick].mean(), a, b)
+
+
+def extra_work(a, b):
+    """How much more arithmetic an update of recipe a takes than one of recipe b."""
+    return Quantity(lambda m, pick: float(m["work"][a] / m["work"][b]) - 1, "work")
+
+
+def over_lambda(loss):
+    """The parts of S3: up from λ = 0, down again at λ = 1, and no λ as bad as 0."""
+    middle, first, last = [score(sr(loss, lam)) for lam in LAMBDAS[:-1]], score(loss), score(sr(loss, LAMBDAS[-1]))
+    mean = combined(np.mean, *middle)
+    return (Part(f"Sr-{loss.upper()}: λ 0.1 to 0.5 − λ 0", mean - first, 0.03), Part("λ 0.1 to 0.5 − λ 1", mean - last, 0.03),
+            Part("the worst λ > 0 − λ 0", combined(min, *middle, last) - first, 0.0))
 
 
 PAIRS = ("sft", "gap")                               # units of what is measured on the 512 held-out pairs
 POINTS = dict(units=PAIRS, form="{:+.1%}")
-
+BOTH = ("dpo", "ipo")
 
 CLAIMS = {claim.name: claim for claim in [
     Claim("S1", "Sr-DPO and Sr-IPO have lower margins at comparable accuracy", "Figure 1", (
-        *(Part(f"margin h, {sr(loss)} over {loss}, less 1 (sign turned)",
-               lambda m, pick, loss=loss: 1 - m[sr(loss)]["margin"][pick].mean() / m[loss]["margin"][pick].mean(), 0.05,
-               **POINTS) for loss in ("dpo", "ipo")),
-        *(Part(f"accuracy, {sr(loss)} − {loss}", less(share(sr(loss), "margin"), share(loss, "margin")), 0.02, "keeps", **POINTS)
-          for loss in ("dpo", "ipo")))),
+        *(Part(f"by how much h of {sr(loss)} is lower than {loss}'s", lower(sr(loss), loss), 0.05, **POINTS) for loss in BOTH),
+        *(Part(f"accuracy, {sr(loss)} − {loss}", accuracy(sr(loss), "margin") - accuracy(loss, "margin"), 0.02, "keeps", **POINTS)
+          for loss in BOTH))),
     Claim("S2", "behind p the policy ranks as many pairs right as without it", "Figure 1", tuple(
-        Part(f"augmented accuracy − accuracy, {sr(loss)}", less(share(sr(loss), "augmented_margin"), share(sr(loss), "margin")),
-             0.03, "alike", **POINTS) for loss in ("dpo", "ipo"))),
-    Claim("S3", "the score first rises, then falls with λ, and λ = 0 is worst", "win rate over λ", tuple(
-        part for loss in ("dpo", "ipo") for part in (
-            better(sr(loss), loss), better(sr(loss), sr(loss, 1.0)), better(sr(loss, 1.0), loss, 0.0)))),
+        Part(f"augmented accuracy − accuracy, {sr(loss)}", accuracy(sr(loss), "augmented_margin") - accuracy(sr(loss), "margin"),
+             0.03, "alike", **POINTS) for loss in BOTH)),
+    Claim("S3", "the score first rises, then falls with λ, and λ = 0 is worst", "win rate over λ", (
+        *over_lambda("dpo"), *over_lambda("ipo"))),
     Claim("S4", "margins of Sr-* follow the true gaps more closely", "Pearson .21 → .26 (DPO), .11 → .13 (IPO)", tuple(
-        Part(f"Pearson's r, {sr(loss)} − {loss}", less(correlation(sr(loss)), correlation(loss)), 0.02, units=PAIRS)
-        for loss in ("dpo", "ipo"))),
-    Claim("S5", "Sr-* cost about a quarter more time", "+23.8 %", (
-        Part("arithmetic of a step, sr-dpo over dpo, less 1.238",
-             lambda m, pick: (m["work"]["sr-dpo"] / m["work"]["dpo"]).mean() - 1.238, 0.1, "alike", None, "{:+.1%}"),)),
+        Part(f"Pearson's r, {sr(loss)} − {loss}", correlation(sr(loss)) - correlation(loss), 0.02, units=PAIRS) for loss in BOTH)),
+    Claim("S5", "Sr-* cost about a quarter more time", "+23.8 %", tuple(
+        Part(f"arithmetic of an update, sr-{loss} over {loss}, beyond +23.8 %",
+             extra_work(f"sr-{loss}", loss) - Quantity(lambda m, pick: 0.238), 0.1, "alike", None, "{:+.1%}") for loss in BOTH)),
     Claim("S6", "more tuples help Sr-*, while DPO and IPO overfit", "figure", (
-        *(better(sr(loss), f"{sr(loss)}-{TUPLES[0]}") for loss in ("dpo", "ipo")),
-        *(better(f"{loss}-{TUPLES[0]}", loss) for loss in ("dpo", "ipo")))),
+        *(better(sr(loss), f"{sr(loss)}-{TUPLES[0]}") for loss in BOTH), *(better(f"{loss}-{TUPLES[0]}", loss) for loss in BOTH))),
     Claim("O1", "OSP > RLHF > IPO > DPO, SFT", "HH: .958 > .932 > .925 > .896, .919; TL;DR: 2.97 > 2.78 > 2.44 > 2.24, 1.93", (
         better("osp", "rlhf"), better("rlhf", "ipo"), better("ipo", "dpo"), better("ipo", "sft"))),
-    Claim("O2", "OSP keeps its score with 2 % of the preferences, RLHF does not", "HH: OSP .958 → .955, RLHF .932 → .924; "
-          "TL;DR: 2.97 → 3.01, 2.78 → 1.82", (
+    Claim("O2", "OSP keeps its score with 2 % of the preferences, RLHF does not",
+          "HH: OSP .958 → .955, RLHF .932 → .924; TL;DR: 2.97 → 3.01, 2.78 → 1.82", (
               better("osp-0.02", "osp", 0.05, kind="keeps"), better("rlhf", "rlhf-0.02", 0.05), better("osp-0.02", "rlhf-0.02"))),
-    Claim("O3", "the preference model beats the reward model at every data size", "HH at 2, 10, 50, 100 %: 57, 61, 66, 70 against "
-          "53, 56, 62, 62", tuple(
-              Part(f"accuracy, judge − reward model, {fraction:.0%}",
-                   less(share("judge" + tail(fraction), "verdict"), share("reward" + tail(fraction), "reward_margin")), 0.02,
-                   **POINTS) for fraction in FRACTIONS)),
+    Claim("O3", "the preference model beats the reward model at every data size",
+          "HH at 2, 10, 50, 100 %: 57, 61, 66, 70 against 53, 56, 62, 62", tuple(
+              Part(f"accuracy, judge − reward model, {fraction:.0%}", accuracy("judge" + tail(fraction), "verdict") -
+                   accuracy("reward" + tail(fraction), "reward_margin"), 0.02, **POINTS) for fraction in FRACTIONS)),
     Claim("O4", "OSP carries over to another domain, where RLHF over-optimises its reward model", "figure", (
         better("osp", "sft", domain="advice"), better("osp", "rlhf", domain="advice"),
-        Part("learned reward, rlhf − sft, second domain", less(score("rlhf", "advice", "learned"),
-                                                               score("rlhf", "advice", "sft_learned")), 0.5,
-             units=("sft", "advice_reward")),
+        Part("learned reward, rlhf − sft, second domain", score("rlhf", "advice", "learned") - score("rlhf", "advice", "sft_learned"),
+             0.5, units=("sft", "advice_reward")),
         better("sft", "rlhf", domain="advice"))),
     Claim("O5", "a model that can judge improves itself without preferences, more with larger K, and beats Self-Rewarding",
           "figure, Mistral-7B", (better("osp", "judge"), better("osp-k15", "osp-k3"), better("osp", "self-rewarding"))),
     Claim("O6", "online, SPCE > IPO > DPO; DPO overfits while its loss still falls", "figure", (
         better("osp", "osp-ipo"), better("osp-ipo", "osp-dpo"),
-        Part("osp-dpo, true reward, second quarter of the steps − last", less(quarter("osp-dpo", "true", 1),
-                                                                              quarter("osp-dpo", "true", 3)), 0.03, units=None),
-        Part("osp-dpo, loss, second quarter − last", less(quarter("osp-dpo", "loss", 1), quarter("osp-dpo", "loss", 3)), 0.01,
+        Part("osp-dpo, true reward, second quarter of the steps − last", quarter("osp-dpo", "true", 1) - quarter("osp-dpo", "true", 3),
+             0.03, units=None),
+        Part("osp-dpo, loss, second quarter − last", quarter("osp-dpo", "loss", 1) - quarter("osp-dpo", "loss", 3), 0.01,
              units=None))),
     Claim("O7", "ranked > random > RAFT; SPIN pulls towards its data set", "figure", (
         better("osp", "random-pairs"), better("random-pairs", "raft"),
-        Part("distance to the data's reward, sft − spin", less(distance("sft"), distance("spin")), 0.03))),
+        Part("log π of held-out SFT data, nats a token, spin − sft", score("spin", "data", "logprob") - score("sft", "data", "logprob"),
+             0.05, units=("sft", "data_logprob")))),
     Claim("O8", "on-policy > SFT sampling, RSO, offline", "figure", (
         better("osp", "sft-sampling"), better("osp", "rso"), better("osp", "offline-soft"))),
 ]}
-
-
-class Named(dict):
-    """Measurements that remember which runs were asked for."""
-
-    def __missing__(self, name):
-        self[name] = collections.defaultdict(lambda: np.arange(1.0, 9.0))
-        return self[name]
-
-
-def runs_of(claim):
-    """The names of the runs whose measurements a claim reads."""
-    named = Named()
-    for part in claim.parts:
-        part.of(named, slice(None))
-    return {*named, *(part.units[0] for part in claim.parts if part.units)}
 
 
 def ranks_of(values):
@@ -557,29 +635,30 @@ DRAWS = 1000                                         # of the bootstrap
 def weigh(part, measured):
     """A Result: paired bootstrap over seeds, and within each over prompts or pairs; `measured` has one entry a seed.
 
-    95 % interval [low, high] of the mean over the seeds. "more" holds where low > 0 and the mean reaches `least`, and
-    does not where high < least; "keeps" holds where low > -least, and does not where high < 0 and the mean is below
-    -least; "alike" holds where both ends are within ± least, and does not where the interval leaves out 0 and the mean
-    is beyond least. Else nobody can tell.
+    95 % interval [low, high] of the mean over the seeds. n seeds drawn from n spread too little, by √(n/(n-1)): the interval
+    is as much wider. What has no rows but one seed has no interval.
     """
-    rng = np.random.default_rng(0)
-    values = [float(part.of(m, slice(None))) for m in measured]
-    if part.units is None:
-        again = np.array(values)[rng.integers(len(values), size=(DRAWS, len(values)))].mean(1)
-    else:
-        run, key = part.units
-        again = np.empty(DRAWS)
-        for i in range(DRAWS):
-            drawn = []
-            for seed in rng.integers(len(measured), size=len(measured)):
-                n = len(measured[seed][run][key])
-                drawn.append(part.of(measured[seed], rng.integers(n, size=n)))
-            again[i] = np.mean(drawn)
-    low, high = np.percentile(again, [2.5, 97.5])
-    return Result(values, float(low), float(high), verdict(part, float(np.mean(values)), low, high))
+    rng, n = np.random.default_rng(0), len(measured)
+    values = np.array([float(part.quantity.of(m, slice(None))) for m in measured])
+    again = np.empty(DRAWS)
+    for i in range(DRAWS):
+        seeds = rng.integers(n, size=n)
+        if part.units is None:
+            again[i] = values[seeds].mean()
+        else:
+            rows = [len(measured[seed][part.units[0]][part.units[1]]) for seed in seeds]
+            again[i] = np.mean([part.quantity.of(measured[seed], rng.integers(size, size=size)) for seed, size in zip(seeds, rows)])
+    mean = values.mean()
+    low, high = mean + (np.percentile(again, [2.5, 97.5]) - mean) * math.sqrt(n / max(n - 1, 1))
+    if part.units is None and n == 1:
+        low, high = -math.inf, math.inf
+    return Result(values.tolist(), float(low), float(high), verdict(part, float(mean), low, high))
 
 
 def verdict(part, mean, low, high):
+    """more: holds where low > 0 and the mean reaches `least`, does not where high < least. keeps: holds where low > -least, does
+    not where high < 0 and the mean is below -least. alike: holds where low and high are within ± least, does not where they
+    leave out 0 and the mean is beyond `least`. Else nobody can tell."""
     least = part.least
     holds, fails = {"more": (low > 0 and mean >= least, high < least),
                     "keeps": (low > -least, high < 0 and mean < -least),
@@ -627,54 +706,61 @@ def system_rows(measured):
     """What each policy writes: true reward, wins over SFT, second domain, length, divergence from where it started."""
     rows = []
     for name in (name for name in RUNS if name in measured[0] and "prompts_reward" in measured[0][name]):
-        mine, sft = ([m[run]["prompts_reward"] for m in measured] for run in (name, "sft"))
-        wins = [100 * ((a > b) + 0.5 * (a == b)).mean() for a, b in zip(mine, sft)]
-        rows.append([f"`{name}`", over_seeds([a.mean() for a in mine]), over_seeds(wins, "{:.1f}"),
-                     over_seeds([m[name]["advice_reward"].mean() for m in measured]),
-                     over_seeds([m[name]["prompts_length"].mean() for m in measured], "{:.1f}"),
-                     over_seeds([m[name]["prompts_kl"] for m in measured], "{:.1f}") if name != "base" else ""])
+        mine, found = [m[name]["prompts_reward"] for m in measured], [m[name] for m in measured]
+        wins = [100 * right(ours - m["sft"]["prompts_reward"]).mean() for ours, m in zip(mine, measured)]
+        rows.append([f"`{name}`", over_seeds([ours.mean() for ours in mine]), over_seeds(wins, "{:.1f}"),
+                     over_seeds([one["advice_reward"].mean() for one in found]),
+                     over_seeds([one["prompts_length"].mean() for one in found], "{:.1f}"),
+                     over_seeds([one["prompts_kl"] for one in found], "{:.1f}") if name != "base" else ""])
     return rows
 
 
 def landmark_rows(measured):
-    """Floors and ceilings of the true reward."""
-    return [[says, over_seeds([m["world"][key].mean() for m in measured]) if key else value] for says, key, value in
-            (("the best response", "", "1.000"), ("responses of the SFT data (held-out prompts)", "data", ""),
-             ("a response to another prompt", "astray", ""), ("six random words", "random", ""),
-             ("the worst response", "", "−1.000"))]
+    """[(what no model wrote, its true reward)], from the ceiling to the floor."""
+    found = [(says, over_seeds([m["world"][key].mean() for m in measured])) for says, key in (
+        ("responses of the SFT data", "data"), ("responses to another prompt", "astray"), ("six random words", "random"))]
+    return [("the best response", "1.000"), *found, ("the worst", "−1.000")]
 
 
 def judge_rows(measured):
     """Accuracy of judge and reward model on held-out pairs at each data size: by the noisy labels, and by the true reward."""
-    def right(run, key, true):
-        said = [np.sign(m[run][key] - (0.5 if key == "verdict" else 0.0)) for m in measured]
-        if not true:
-            return over_seeds([100 * ((s > 0) + 0.5 * (s == 0)).mean() for s in said], "{:.1f}")
+    def shares(run, key):
+        """Both as text."""
+        said = [m[run][key] - JUDGED[key] for m in measured]
         gaps = [m[run]["gap"] for m in measured]
-        return over_seeds([100 * ((s == np.sign(g)) + 0.5 * (s == 0))[g != 0].mean() for s, g in zip(said, gaps)], "{:.1f}")
-    rows = [["0", right("sft", "verdict", False), "50 (a head of zeros)", right("sft", "verdict", True), ""]]
-    for fraction in FRACTIONS:
-        one, two = "judge" + tail(fraction), "reward" + tail(fraction)
-        rows.append([f"{100 * fraction:g}", right(one, "verdict", False), right(two, "reward_margin", False),
-                     right(one, "verdict", True), right(two, "reward_margin", True)])
-    return rows
+        return (over_seeds([100 * right(values).mean() for values in said], "{:.1f}"),
+                over_seeds([100 * right(values, np.sign(gap))[gap != 0].mean() for values, gap in zip(said, gaps)], "{:.1f}"))
+    rows = [["0", *shares("sft", "verdict"), "50 (a head of zeros)", ""]]
+    return rows + [[f"{100 * fraction:g}", *shares("judge" + tail(fraction), "verdict"),
+                    *shares("reward" + tail(fraction), "reward_margin")] for fraction in FRACTIONS]
 
 
 def margin_rows(measured):
     """Held-out pairs under the systems of paper 1: margins, accuracies, and how they follow the true gaps."""
     rows = []
     for name in (name for name in RUNS if name in measured[0] and "margin" in measured[0][name]):
-        lam = RUNS[name].more.get("lam", 0.0)
-        h, augmented, gaps = ([m[name][key] for m in measured] for key in ("margin", "augmented_margin", "gap"))
-        beta = toy.STAGES["dpo"].get("beta", train.PAPER_1["beta"])
-        scale = lam * (beta if RUNS[name].recipe == "sr-ipo" else 1.0)           # h - λΔ/β, and h - λΔ as sr-ipo is printed
-        rows.append([f"`{name}`", over_seeds([a.mean() for a in h], "{:.2f}"),
-                     over_seeds([(a - scale * b).mean() for a, b in zip(h, augmented)], "{:.2f}"),
-                     *(over_seeds([100 * (a > 0).mean() for a in some], "{:.1f}") for some in (h, augmented)),
-                     *(over_seeds([f(a, b) for a, b in zip(h, gaps)], "{:.2f}") for f in (
-                         lambda a, b: np.corrcoef(a, b)[0, 1], lambda a, b: np.corrcoef(ranks_of(a), ranks_of(b))[0, 1],
-                         kendall))])
+        its, found = settings_of(name, Path(), 0, 1.0), [m[name] for m in measured]
+        rows.append([f"`{name}`", *(over_seeds([values.mean() for values in some], "{:.2f}") for some in (
+            [one["margin"] for one in found], [refined(one, its) for one in found])),
+            *(over_seeds([100 * right(one[key]).mean() for one in found], "{:.1f}") for key in ("margin", "augmented_margin")),
+            *(over_seeds([f(one["margin"], one["gap"]) for one in found], "{:.2f}") for f in (
+                lambda a, b: np.corrcoef(a, b)[0, 1], lambda a, b: np.corrcoef(ranks_of(a), ranks_of(b))[0, 1], kendall))])
     return rows
+
+
+def reward_rows(measured):
+    """What PPO's own reward model says of samples before and after, in both domains, beside the true reward."""
+    return [[f"`{name}`", says, *(over_seeds([m[run][f"{domain}_{what}"].mean() for m in measured], "{:.2f}") for run, what in (
+        (name, "sft_learned"), (name, "learned"), ("sft", "reward"), (name, "reward")))]
+        for name in ("rlhf", "rlhf-0.02") if name in measured[0]
+        for domain, says in zip(DOMAINS, ("trained on", "second domain"))]
+
+
+def work_rows(measured):
+    """Arithmetic and seconds of an update over DPO's."""
+    return [[f"`{name}`", over_seeds([float(m["work"][name] / m["work"]["dpo"]) for m in measured], "{:.2f}"),
+             over_seeds([float(np.median(m["work"][f"{name}_seconds"]) / np.median(m["work"]["dpo_seconds"])) for m in measured],
+                        "{:.2f}")] for name in ("dpo", "ipo", "sr-dpo", "sr-ipo")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -698,13 +784,16 @@ def draw_line(axes, x, seeds, label, colour, **style):
                           linewidth=0)
 
 
-def draw_curves(axes, measured, names, key, labels=None):
-    """A figure of the steps, smoothed, of each run that has it."""
-    for i, name in enumerate(names):
-        if key in measured[0][name]:
-            seeds = [smooth(m[name][key]) for m in measured]
-            draw_line(axes, np.arange(1, len(seeds[0]) + 1), seeds, (labels or {}).get(name, name), COLOURS[i % len(COLOURS)])
+def draw_curve(axes, measured, name, key, colour, **style):
+    """A figure of a run's steps, smoothed."""
+    seeds = [smooth(m[name][key]) for m in measured]
+    draw_line(axes, np.arange(1, len(seeds[0]) + 1), seeds, name, colour, **style)
     axes.set_xlabel("step")
+
+
+def draw_scores(axes, measured, x, names, label, colour):
+    """The true reward of some runs, in this order, over x."""
+    draw_line(axes, x, [[m[name]["prompts_reward"].mean() for name in names] for m in measured], label, colour, marker="o")
 
 
 def draw_bars(axes, measured, names, key="prompts_reward", colour=COLOURS[0], shift=0.0, width=0.7, label=None):
@@ -715,122 +804,137 @@ def draw_bars(axes, measured, names, key="prompts_reward", colour=COLOURS[0], sh
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
 
 
-def figure_margins(figure, measured):
-    """Margins and accuracies over the steps (paper 1, Figure 1)."""
-    names = ["dpo", "sr-dpo-lam0.3", "sr-dpo-lam1.0", "ipo", "sr-ipo-lam0.3", "sr-ipo-lam1.0"]
+def figure_margins(figure, measured, names):
+    """Margins and accuracies over the steps (paper 1, Figure 1)"""
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, (
-            ("curve_margin", "margin h"), ("curve_refined_margin", "refined margin"),
+            ("curve_margin", "margin h"), ("curve_refined_margin", "refined margin (of dpo, ipo: h)"),
             ("curve_accuracy", "accuracy"), ("curve_augmented_accuracy", "augmented accuracy"))):
-        draw_curves(axes, measured, names, key)
+        for i, name in enumerate(names):
+            known = key if key != "curve_refined_margin" or key in measured[0][name] else "curve_margin"
+            if known in measured[0][name]:
+                draw_curve(axes, measured, name, known, COLOURS[i])
         axes.set_title(title)
     figure.axes[0].legend(fontsize=7)
 
 
-def figure_lambda(figure, measured):
-    """True reward against λ."""
+def figure_lambda(figure, measured, names):
+    """True reward against λ"""
     axes = figure.subplots()
     for loss, colour in (("dpo", COLOURS[0]), ("ipo", COLOURS[1])):
-        seeds = [[m[name]["prompts_reward"].mean() for name in (loss, *(sr(loss, lam) for lam in LAMBDAS))] for m in measured]
-        draw_line(axes, [0, *LAMBDAS], seeds, f"Sr-{loss.upper()}", colour, marker="o")
+        draw_scores(axes, measured, [0, *LAMBDAS], [loss, *(sr(loss, lam) for lam in LAMBDAS)], f"Sr-{loss.upper()}", colour)
     axes.set(xlabel="λ (0: DPO, IPO)", ylabel="true reward")
     axes.legend()
 
 
-def figure_online(figure, measured):
-    """Losses and true rewards online, over the steps."""
-    names = ["osp", "osp-ipo", "osp-dpo"]
-    left, right = figure.subplots(1, 2)
-    for i, name in enumerate(names):
-        seeds = [smooth(m[name]["curve_loss"] / m[name]["curve_loss"][0]) for m in measured]
-        draw_line(left, np.arange(1, len(seeds[0]) + 1), seeds, name, COLOURS[i])
-    left.set(xlabel="step", title="loss, over its first")
-    left.legend()
-    draw_curves(right, measured, names, "curve_true")
-    right.set_title("true reward of the samples")
-
-
-def figure_ablations(figure, measured):
-    """Loss, pairing and sampling."""
-    for axes, (title, names) in zip(figure.subplots(1, 3, sharey=True), (
-            ("loss", ["osp", "osp-ipo", "osp-dpo", "sr-spce"]),
-            ("pairing", ["osp", "random-pairs", "self-rewarding", "raft", "spin"]),
-            ("sampling", ["osp", "sft-sampling", "rso", "offline-soft"]))):
-        draw_bars(axes, measured, names)
-        axes.set_title(title)
-    figure.axes[0].set_ylabel("true reward")
-
-
-def figure_data(figure, measured):
-    """Accuracy of the preference model and of the reward model against the share of the data, and what is made of it."""
-    left, right = figure.subplots(1, 2)
-    x = [100 * fraction for fraction in FRACTIONS]
-    for i, (says, run, key) in enumerate((("preference model", "judge", "verdict"), ("reward model", "reward", "reward_margin"))):
-        seeds = [[100 * share(run + tail(fraction), key)(m, slice(None)) for fraction in FRACTIONS] for m in measured]
-        draw_line(left, x, seeds, says, COLOURS[i], marker="o")
-    left.axhline(np.mean([100 * share("sft", "verdict")(m, slice(None)) for m in measured]), color="grey", linestyle=":",
-                 label="no data")
-    left.set(xscale="log", xlabel="share of the pairs, %", ylabel="accuracy, %")
-    left.legend()
-    for i, name in enumerate(("osp", "rlhf")):
-        draw_bars(right, measured, [name + "-0.02", name], colour=COLOURS[i], shift=0.4 * i - 0.2, width=0.35, label=name)
-    right.set_xticks([0, 1], ["2 %", "100 %"], rotation=0, ha="center")
-    right.set(ylabel="true reward", xlabel="share of the pairs")
-    right.legend()
-
-
-def figure_tuples(figure, measured):
-    """True reward against the number of training tuples."""
+def figure_tuples(figure, measured, names):
+    """True reward against the number of training tuples"""
     axes = figure.subplots()
-    for i, name in enumerate(("dpo", "ipo", sr("dpo"), sr("ipo"))):
-        seeds = [[m[run]["prompts_reward"].mean() for run in ("sft", *(f"{name}-{n}" for n in TUPLES[:-1]), name)] for m in measured]
-        draw_line(axes, [0, *TUPLES], seeds, name, COLOURS[i], marker="o")
+    for i, name in enumerate(names):
+        draw_scores(axes, measured, [0, *TUPLES], ["sft", *(f"{name}-{n}" for n in TUPLES[:-1]), name], name, COLOURS[i])
     axes.set(xlabel="training tuples, one epoch (0: the start)", ylabel="true reward")
     axes.legend()
 
 
-def figure_k(figure, measured):
-    """True reward against K."""
+def figure_online(figure, measured, names):
+    """Losses and true rewards online, over the steps"""
+    left, right = figure.subplots(1, 2)
+    for i, name in enumerate(names):
+        seeds = [smooth(m[name]["curve_loss"] / m[name]["curve_loss"][0]) for m in measured]
+        draw_line(left, np.arange(1, len(seeds[0]) + 1), seeds, name, COLOURS[i])
+        draw_curve(right, measured, name, "curve_true", COLOURS[i])
+    left.set(xlabel="step", title="loss, over its first")
+    left.legend()
+    right.set_title("true reward of the samples")
+
+
+def figure_ablations(figure, measured, names):
+    """Loss, pairing and sampling"""
+    for axes, (title, some) in zip(figure.subplots(1, 3, sharey=True), ABLATIONS.items()):
+        draw_bars(axes, measured, some)
+        axes.set_title(title)
+    figure.axes[0].set_ylabel("true reward")
+
+
+def figure_data(figure, measured, names):
+    """Accuracy of the preference model and of the reward model against the share of the data, and what is made of it"""
+    left, right = figure.subplots(1, 2)
+    for i, (says, run, key) in enumerate((("preference model", "judge", "verdict"), ("reward model", "reward", "reward_margin"))):
+        seeds = [[100 * accuracy(run + tail(fraction), key).of(m, slice(None)) for fraction in FRACTIONS] for m in measured]
+        draw_line(left, [100 * fraction for fraction in FRACTIONS], seeds, says, COLOURS[i], marker="o")
+    left.axhline(np.mean([100 * accuracy("sft", "verdict").of(m, slice(None)) for m in measured]), color="grey", linestyle=":",
+                 label="preference model, no data")
+    left.set(xscale="log", xlabel="share of the pairs, %", ylabel="accuracy, %")
+    left.legend(fontsize=8)
+    for i, name in enumerate(("osp", "rlhf")):
+        draw_bars(right, measured, [name + "-0.02", name], colour=COLOURS[i], shift=0.4 * i - 0.2, width=0.35, label=name)
+    right.set_xticks([0, 1], ["2 %", "100 %"], rotation=0, ha="center")
+    right.set(ylabel="true reward", xlabel="share of the pairs")
+    right.legend(fontsize=8)
+
+
+def figure_k(figure, measured, names):
+    """True reward against K"""
     axes = figure.subplots()
-    seeds = [[m[name]["prompts_reward"].mean() for name in ("judge", "osp-k3", "osp", "osp-k15")] for m in measured]
-    draw_line(axes, [0, 3, 7, 15], seeds, "osp", COLOURS[0], marker="o")
+    draw_scores(axes, measured, [0, 3, 7, 15], names, "osp", COLOURS[0])
     axes.set(xlabel="K (0: the start)", ylabel="true reward")
 
 
-def figure_domains(figure, measured):
-    """The domain that was trained on, beside the other one; and what RLHF's reward model says of both."""
+def figure_domains(figure, measured, names):
+    """The domain that was trained on, beside the second one; and what RLHF's reward model says of both"""
     left, right = figure.subplots(1, 2)
-    names = ["sft", "dpo", "ipo", "rlhf", "osp"]
-    for i, (key, says) in enumerate((("prompts", "trained on"), ("advice", "second domain"))):
-        draw_bars(left, measured, names, f"{key}_reward", COLOURS[i], 0.4 * i - 0.2, 0.35, says)
-        learned = np.array([[m["rlhf"][f"{key}_{who}learned"].mean() for who in ("sft_", "")] for m in measured])
-        right.bar(np.arange(2) + 0.4 * i - 0.2, learned.mean(0), 0.35, color=COLOURS[i], label=says)
+    for i, (domain, says) in enumerate(zip(DOMAINS, ("trained on", "second domain"))):
+        draw_bars(left, measured, names, f"{domain}_reward", COLOURS[i], 0.4 * i - 0.2, 0.35, says)
+        learned = np.array([[m["rlhf"][f"{domain}_{who}learned"].mean() for who in ("sft_", "")] for m in measured])
+        right.bar(np.arange(2) + 0.4 * i - 0.2, learned.mean(0), 0.35, color=COLOURS[i])
     left.set_title("true reward")
-    left.legend()
+    left.legend(fontsize=8)
     right.set_xticks([0, 1], ["sft", "rlhf"])
     right.set_title("learned reward")
 
 
-def figure_recipes(figure, measured):
-    """A curve for each recipe: the loss over its first, and online the true reward of the samples."""
-    names = [name for name in RUNS if name in measured[0] and "curve_loss" in measured[0][name] and "-0." not in name]
-    for axes, name in zip(figure.subplots(5, 4).flat, names):
-        seeds = [smooth(m[name]["curve_loss"]) for m in measured]
-        draw_line(axes, np.arange(1, len(seeds[0]) + 1), seeds, "loss", COLOURS[0])
+def figure_rlhf(figure, measured, names):
+    """PPO: the learned reward, the true reward and the divergence from the SFT model, over the steps"""
+    for axes, (key, title) in zip(figure.subplots(1, 3), (("curve_reward", "learned reward"), ("curve_true", "true reward"),
+                                                          ("curve_kl", "KL, nats a response"))):
+        for i, name in enumerate(names):
+            draw_curve(axes, measured, name, key, COLOURS[i])
+        axes.set_title(title)
+    figure.axes[0].legend(fontsize=8)
+
+
+def figure_recipes(figure, measured, names):
+    """A curve for each recipe: its loss (left), and its accuracy or, in bold, the true reward of what it trains on (right)"""
+    grid = list(figure.subplots(5, 4).flat)
+    assert len(names) <= len(grid)
+    for axes in grid[len(names):]:
+        axes.remove()
+    for axes, name in zip(grid, names):
+        draw_curve(axes, measured, name, "curve_loss", COLOURS[0])
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=7)
-        for key in ("curve_true", "curve_accuracy"):
-            if key in measured[0][name]:
-                other = axes.twinx()
-                seeds = [smooth(m[name][key]) for m in measured]
-                draw_line(other, np.arange(1, len(seeds[0]) + 1), seeds, key, COLOURS[1])
-                other.tick_params(labelsize=7, colors=COLOURS[1])
-                break
+        key = next((key for key in ("curve_true", "curve_accuracy") if key in measured[0][name]), None)
+        if key:
+            other = axes.twinx()
+            draw_curve(other, measured, name, key, COLOURS[1], linewidth=2.5 if key == "curve_true" else 1)
+            other.tick_params(labelsize=7, colors=COLOURS[1])
 
 
-FIGURES = {                                          # file: (what draws it, inches)
-    "margins": (figure_margins, (9, 6)), "lambda": (figure_lambda, (5, 3.5)), "tuples": (figure_tuples, (5, 3.5)),
-    "online": (figure_online, (9, 3.5)), "ablations": (figure_ablations, (10, 4)), "data": (figure_data, (9, 3.5)),
-    "k": (figure_k, (5, 3.5)), "domains": (figure_domains, (9, 3.5)), "recipes": (figure_recipes, (12, 12))}
+ABLATIONS = {"loss": ["osp", "osp-ipo", "osp-dpo", "sr-spce"], "pairing": ["osp", "random-pairs", "self-rewarding", "raft", "spin"],
+             "sampling": ["osp", "sft-sampling", "rso", "offline-soft"]}
+SR = [name for loss in BOTH for name in (loss, sr(loss))]
+FIGURES = {                                          # file: (what draws it, inches, the runs that it is given)
+    "margins": (figure_margins, (9, 6), ["dpo", sr("dpo"), sr("dpo", 1.0), "ipo", sr("ipo"), sr("ipo", 1.0)]),
+    "lambda": (figure_lambda, (5, 3.5), [*BOTH, *(sr(loss, lam) for loss in BOTH for lam in LAMBDAS)]),
+    "tuples": (figure_tuples, (5, 3.5), SR),
+    "online": (figure_online, (9, 3.5), ["osp", "osp-ipo", "osp-dpo"]),
+    "ablations": (figure_ablations, (10, 4), list(dict.fromkeys(name for some in ABLATIONS.values() for name in some))),
+    "data": (figure_data, (9, 3.5), [run + tail(fraction) for run in ("judge", "reward") for fraction in FRACTIONS] +
+             ["osp", "osp-0.02", "rlhf", "rlhf-0.02"]),
+    "k": (figure_k, (5, 3.5), ["judge", "osp-k3", "osp", "osp-k15"]),
+    "domains": (figure_domains, (9, 3.5), ["sft", "dpo", "ipo", "rlhf", "osp"]),
+    "rlhf": (figure_rlhf, (10, 3), ["rlhf", "rlhf-0.02"]),
+    "recipes": (figure_recipes, (12, 12), ["sft", "judge", *SR, "offline-soft", "osp", "osp-dpo", "osp-ipo", "sr-spce", "random-pairs",
+                                           "self-rewarding", "raft", "spin", "sft-sampling", "rso", "reward", "rlhf"])}
 
 
 def drawing():
@@ -851,12 +955,13 @@ def draw(path, inches, figure_of, *arguments):
 
 
 def draw_figures(folder, measured):
-    """All figures as PNG files in a folder; returns {file name: what it shows} of those whose runs are there."""
+    """PNG files in a folder; returns {file name: what it shows} of the figures whose runs are all there."""
     drawn = {}
-    for name, (figure_of, inches) in FIGURES.items():
-        with contextlib.suppress(KeyError):          # a run that was not asked for
-            draw(folder / f"{name}.png", inches, figure_of, measured)
-            drawn[f"{name}.png"] = figure_of.__doc__.rstrip(".")
+    for name, (figure_of, inches, names) in FIGURES.items():
+        others = [f"{run}-{n}" for run in names for n in TUPLES[:-1]] if name == "tuples" else []
+        if all(run in measured[0] for run in [*names, *others]):
+            draw(folder / f"{name}.png", inches, figure_of, measured, names)
+            drawn[f"{name}.png"] = figure_of.__doc__
     return drawn
 
 
@@ -873,11 +978,17 @@ def load_measured(names, settings):
 
 
 WEIGHING = f"""\
-Each claim rests on one or a few differences between runs. The difference that would matter was written into `CLAIMS` before
-the runs; the interval is a paired bootstrap ({DRAWS} draws) over seeds and, within each, over prompts or pairs. "≥ d" holds
-where the interval lies above 0 and the mean reaches d, and does not hold where the interval lies below d; "> −d" (keeps) holds
-where the interval lies above −d; "within ± d" (alike) where all of it does. Else nobody can tell. A claim holds where all its
-parts do. Rewards are the true ones, from −1 to 1.
+Each claim rests on a few differences between runs. The difference that would matter stood in `CLAIMS` before the runs were made.
+The interval is a paired bootstrap ({DRAWS} draws) over seeds and, within each, over prompts or pairs. "≥ d" holds where the
+interval is above 0 and the mean reaches d, and does not where the interval is below d: what is surely there but smaller than d does
+not count. "> −d" (keeps) holds where the interval is above −d, and does not where it is below 0 and the mean below −d. "Within ± d"
+(alike) holds where the interval is, and does not where it leaves out 0 and the mean is beyond d. Else nobody can tell. A claim holds
+where all its parts do. Rewards are the true ones, from −1 to 1.
+"""
+CONTROLS = """\
+`sr-dpo-naive` has an empty p, so that Δπ is βh: DPO at β(1 − λ), its gradient divided by 1 − λ (paper 1, eq. 10).
+`sr-dpo-paraphrase` says p in other words, which no text of the base model's had. `sr-ipo-exact` takes λΔπ/β, which maximising
+eq. 14 gives, where the paper prints λΔπ. All have λ = 0.3. `sr-spce` joins both papers; it is in neither.
 """
 
 
@@ -885,45 +996,41 @@ def report(measured, settings, drawn):
     """RESULTS.md: a pure function of the measurements, but for the commit and the seconds that it names."""
     rows, verdicts = claim_rows(settings.claims, measured)
     count = {word: list(verdicts.values()).count(word) for word in ("holds", "does not hold", "cannot tell")}
-    seeds = ", ".join(map(str, settings.seeds))
-    commits = sorted({str(cli.read_json(path).get("commit")) for path in Path(settings.out_dir).glob("seed*/*/config.json")})
+    commits = {str(cli.read_json(Path(settings.out_dir) / f"seed{seed}" / name / "config.json", absent={}).get("commit"))
+               for seed in settings.seeds for name in measured[0] if name not in ("world", "work")}
     text = ["# Results", "",
-            f"`python reproduce.py{' --quick' if settings.quick else ''}` at commit {', '.join(commits)}: seeds {seeds}, "
-            f"{settings.prompts} held-out prompts with two samples each (temperature 0.7, top_p 0.9), a 0.9 M-parameter Llama.", ""]
+            f"`python reproduce.py{' --quick' if settings.quick else ''}` at commit {', '.join(sorted(commits))}: seeds "
+            f"{', '.join(map(str, settings.seeds))} of the embedded world, {settings.prompts} held-out prompts with two samples each "
+            f"(temperature 0.7, top_p 0.9), a Llama of 0.9 M parameters.", ""]
     if settings.quick:
         text += ["**A tenth of the steps: this shows that everything works, and says nothing about the papers.**", ""]
     text += ["## Claims", "", WEIGHING,
              f"{count['holds']} hold, {count['does not hold']} do not, of {count['cannot tell']} nobody can tell.", "",
              table(["", "the paper's claim", "its figures", "here: mean ± deviation over the seeds [95 % interval] · what would "
                     "matter · verdict", "verdict"], rows), ""]
-    text += [f"- **{name}**: {CLAIMS[name].note}" for name in settings.claims if CLAIMS[name].note] + [""]
-    text += ["## Systems", "", "True reward of the samples; floors and ceilings first. Wins are over `sft`, ties half.", "",
-             table(["", "true reward"], landmark_rows(measured)), "",
-             table(["run", "true reward", "wins, %", "second domain", "tokens", "KL to its start, nats"], system_rows(measured)), ""]
-    with contextlib.suppress(KeyError):
-        rows = judge_rows(measured)
-        text += ["## Judge and reward model", "", "Accuracy in % on 512 held-out pairs, by share of the preference data. An "
-                 f"all-knowing judge has {over_seeds([100 * (m['sft']['gap'] > 0).mean() for m in measured], '{:.1f}')} on the "
-                 "noisy labels.", "",
-                 table(["data, %", "judge, noisy labels", "reward model", "judge, true order", "reward model"], rows), ""]
-    rows = margin_rows(measured)
-    if rows:
+    text += [*(f"- **{name}**: {CLAIMS[name].note}" for name in settings.claims if CLAIMS[name].note), ""]
+    text += ["## Systems", "", f"For scale: {'; '.join(f'{says} {value}' for says, value in landmark_rows(measured))}.", "",
+             "Wins are over `sft`, ties half. The second domain is in no data but the base model's. KL in nats a response.", "",
+             table(["run", "true reward", "wins, %", "second domain", "tokens", "KL to its start"], system_rows(measured)), ""]
+    if "sr-dpo-naive" in measured[0]:
+        text += [CONTROLS]
+    if all(run + tail(fraction) in measured[0] for run in ("judge", "reward") for fraction in FRACTIONS):
+        best = over_seeds([100 * (m["sft"]["gap"] > 0).mean() for m in measured], "{:.1f}")
+        text += ["## Judge and reward model", "", "Accuracy in % on held-out pairs, by the share of the preference data: by the "
+                 f"noisy labels, of which the true reward itself gets {best}, and by the true reward.", "",
+                 table(["data, %", "judge: labels", "true reward", "reward model: labels", "true reward"], judge_rows(measured)), ""]
+    if margin_rows(measured):
         text += ["## Margins on held-out pairs", "", table(["run", "h", "refined", "accuracy, %", "augmented accuracy, %",
-                                                            "Pearson", "Spearman", "Kendall"], rows), ""]
+                                                            "Pearson", "Spearman", "Kendall"], margin_rows(measured)), ""]
+    if reward_rows(measured):
+        text += ["## PPO", "", table(["run", "domain", "learned reward: sft", "after PPO", "true reward: sft", "after PPO"],
+                                     reward_rows(measured)), ""]
+    text += ["## Figures", "", *(f"**{says}.**\n\n![{says}](figures/{name})\n" for name, says in drawn.items())] if drawn else []
     if "work" in measured[0]:
-        text += ["## Time", "", "Arithmetic of an update over DPO's, and seconds over DPO's (medians of rounds in turn; other runs "
-                 "went on beside them).", "", table(["", "arithmetic", "seconds"], work_rows(measured)), ""]
-    text += ["## Figures", "", *(f"**{says}**\n\n![{says}](figures/{name})\n" for name, says in drawn.items())] if drawn else []
+        text += ["## Time", "", "An update over DPO's: multiplications and additions, and seconds (medians of rounds in turn; other "
+                 "runs went on beside them, so these alone differ from one time to the next).", "",
+                 table(["", "arithmetic", "seconds"], work_rows(measured)), ""]
     return "\n".join(text).rstrip() + "\n"
-
-
-def work_rows(measured):
-    rows = []
-    for name in ("dpo", "ipo", "sr-dpo", "sr-ipo"):
-        ratios = [float(np.median(m["work"][f"{name}_seconds"]) / np.median(m["work"]["dpo_seconds"])) for m in measured]
-        rows.append([f"`{name}`", over_seeds([float(m["work"][name] / m["work"]["dpo"]) for m in measured]),
-                     over_seeds(ratios, "{:.2f}")])
-    return rows
 
 
 def main(settings):
@@ -938,11 +1045,11 @@ def main(settings):
     carry_out({f"seed {seed}, {name}": ([f"seed {seed}, {other}" for other in RUNS[name].needs], (name, seed, settings))
                for name in names for seed in settings.seeds}, work_on, settings.workers)
     measured = load_measured(names, settings)
-    place = Path() if names == list(RUNS) and not settings.quick else out        # a part of the claims replaces no whole report
+    place = ROOT if settings.whole else out
     drawn = draw_figures(place / "figures", measured)
     text = report(measured, settings, drawn)
     (place / "RESULTS.md").write_text(text, encoding="utf-8")
-    print(text[text.index("## Claims"):text.index("## Figures")] if "## Figures" in text else text)
+    print(f"\n{text}")
     print(f"written to {place / 'RESULTS.md'}, in {cli.duration(time.time() - started)}")
 
 
@@ -953,7 +1060,6 @@ HH_PAIRS, HH_TEXTS, HH_HELD_OUT = 3072, 12800, 400         # at most, however la
 # Found by trial on dpo alone, with seed 0; ipo and all Sr-* take dpo's. β, the optimizer, λ and the form of Sr-IPO are the
 # paper's; its learning rate is for a model two thousand times larger. One pass over the pairs, like the paper's: in a second
 # one DPO knows them by heart (margins of 17), and held-out ones no better.
-HH_SHAPE = toy.SHAPE | dict(vocab_size=4096)
 HH_LENGTHS = dict(max_length=128, max_prompt_length=40)
 HH_STAGES = {
     "base":  dict(recipe="sft", steps=400, batch_size=32, lr=3e-3, lr_schedule="cosine", warmup_steps=20, max_length=256),
@@ -971,13 +1077,20 @@ class HHSettings:
     out_dir: str | None = None               # the runs; what is finished there is kept; default: out/hh, or …-quick
     seed: int = 1                            # of everything; settings were found with 0
     quick: bool = False                      # a few steps of a very small model: shows that it works, no more
-    workers: int | None = None               # runs side by side, one core each; default: the number of cores
+    width: int = 128                         # of the model
+    layers: int = 4                          # of the model
+    device: str = "cpu"                      # as of train.py
+    workers: int | None = field(default=None, compare=False)     # runs side by side, one core each; default: one a core
 
     def __post_init__(self):
+        """Fill in what depends on --quick, and refuse impossible values."""
         if not self.data:
             raise InputError("--data: name the files of preference pairs, comma-separated.")
-        if self.seed < 0:
-            raise InputError(f"--seed={self.seed}: must be at least 0.")
+        for name, least in (("seed", 0), ("layers", 1), ("width", 32)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name}={getattr(self, name)}: must be at least {least}.")
+        if self.width % 32:
+            raise InputError(f"--width={self.width}: must be a multiple of 32, the width of a head.")
         self.out_dir = self.out_dir or ("out/hh-quick" if self.quick else "out/hh")
         self.workers = cores(self.workers)
 
@@ -992,6 +1105,8 @@ def hold_out(rows, seed):
     order = list(np.random.default_rng([seed, 0]).permutation(len(groups)))
     while len(held_out) < min(HH_HELD_OUT, len(rows) // 5):
         held_out += groups[order.pop()]
+    if not order:
+        raise InputError("all dialogues begin with the same message; there is no way to hold some out.")
     return [row for i in order for row in groups[i]], held_out
 
 
@@ -1016,7 +1131,7 @@ def base_texts(rows, seed):
 
 def write_hh(folder, settings):
     """folder/*.jsonl, the untrained folder/model, and at the end what they were made from, world.json."""
-    asked = dict(data=settings.data, seed=settings.seed, quick=settings.quick)
+    asked = dict(data=settings.data, seed=settings.seed, quick=settings.quick, width=settings.width, layers=settings.layers)
     made = cli.read_json(folder / "world.json", absent={})
     if made and made != asked:
         raise InputError(f"{folder} was made with other settings ({', '.join(key for key in asked if made.get(key) != asked[key])} "
@@ -1035,8 +1150,10 @@ def write_hh(folder, settings):
     for name, part in (("pairs", rows[:HH_PAIRS]), ("eval_pairs", held_out)):
         print(f"{name}: {len(part):,} rows")
         toy.write_rows(folder / f"{name}.jsonl", [dict(prompt=row.prompt, chosen=row.chosen, rejected=row.rejected) for row in part])
-    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, vocab_size=640) if settings.quick else {}
-    toy.write_model(folder / "model", "llama", settings.seed, texts[:4000] + [data.REFINEMENT_PROMPT] * 8, HH_SHAPE | small)
+    width, layers = (32, 1) if settings.quick else (settings.width, settings.layers)
+    shape = dict(hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers, num_attention_heads=width // 32,
+                 max_position_embeddings=256, vocab_size=640 if settings.quick else 4096)
+    toy.write_model(folder / "model", "llama", settings.seed, texts[:4000] + [data.REFINEMENT_PROMPT] * 8, shape)
     toy.write_json(folder / "world.json", asked)
 
 
@@ -1046,57 +1163,64 @@ def hh_systems():
     return found | {sr(loss, lam): dict(recipe=f"sr-{loss}", lam=lam) for loss in ("dpo", "ipo") for lam in LAMBDAS}
 
 
+def hh_settings(name, folder, settings):
+    """The train.Settings of a run in a folder."""
+    stage = HH_STAGES.get(name, HH_STAGES["align"]) | hh_systems().get(name, {}) | (HH_QUICK if settings.quick else {})
+    start = {"base": folder / "world" / "model", "sft": folder / "base" / "final"}.get(name, folder / "sft" / "final")
+    world = folder / "world"
+    files = (dict(data=[str(world / "texts.jsonl")]) if name == "base" else
+             dict(data=[str(world / "pairs.jsonl")], eval_data=[str(world / "eval_pairs.jsonl")]))
+    return train.Settings(**stage | files | dict(model=str(start), out_dir=str(folder / name), seed=settings.seed,
+                                                 device=settings.device, micro_batch_size=32))
+
+
 def hh_work(name, settings):
     """One run to its end, and h and h_p of what it made on the held-out pairs. Returns the seconds it took, 0 for none."""
-    started, out = time.time(), Path(settings.out_dir)
-    place, world = out / name, out / "world"
-    if (place / "measured.npz").exists():
-        return 0.0
-    stage = HH_STAGES.get(name, HH_STAGES["align"]) | hh_systems().get(name, {})
-    model_folder = {"base": world / "model", "sft": out / "base" / "final"}.get(name, out / "sft" / "final")
-    files = dict(data=[str(world / "texts.jsonl")]) if name == "base" else dict(data=[str(world / "pairs.jsonl")],
-                                                                               eval_data=[str(world / "eval_pairs.jsonl")])
-    its = train.Settings(**stage | files | (HH_QUICK if settings.quick else {}) | dict(
-        model=str(model_folder), out_dir=str(place), seed=settings.seed, device="cpu", dtype="float32", micro_batch_size=32))
-    place.mkdir(parents=True, exist_ok=True)
-    with open(place / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+    out = Path(settings.out_dir)
+    its = hh_settings(name, out, settings)
+
+    def make():
         train.Trainer(its).run()
-        found = {}
-        if name in hh_systems():
-            policy, tokenizer = sample.load_model(place / "final", "float32", "cpu")
-            reference, _ = sample.load_model(model_folder, "float32", "cpu")
-            rows, _ = data.read_rows(world / "eval_pairs.jsonl", "pairs")
-            found = margins(policy, reference, tokenizer, rows, "hh", *HH_LENGTHS.values())
-    write_arrays(place / "measured.npz", found)
-    return time.time() - started
+        if name not in hh_systems():
+            return {}
+        (policy, tokenizer), (reference, _) = (sample.load_model(folder, "float32", its.device)
+                                               for folder in (out / name / "final", Path(its.model)))
+        rows, _ = data.read_rows(out / "world" / "eval_pairs.jsonl", "pairs")
+        return margins(policy, reference, tokenizer, rows, "hh", **HH_LENGTHS)
+    return carry(out / name, dataclasses.asdict(hh_settings(name, Path(), settings)), make)
 
 
-def hh_ends(out, name):
-    """The four figures of HH_COLUMNS on the held-out pairs, behind the last step."""
-    found, its = np.load(out / name / "measured.npz"), train.Settings(**hh_systems()[name])
+def hh_ends(out, name, settings):
+    """{metric: its values (N,) on the held-out pairs, behind the last step}, for HH_COLUMNS."""
+    found = np.load(out / name / "measured.npz")
     h, augmented = found["margin"], found["augmented_margin"]
-    lam, scale = (its.lam if its.recipe.startswith("sr-") else 0.0), (its.delta_scale if its.recipe == "sr-ipo" else "logistic")
-    refined = losses.refined_margin(h, its.beta * augmented, its.beta, lam, scale)
-    return [h.mean(), refined.mean(), (h > 0).mean(), (augmented > 0).mean()]
+    return dict(zip(HH_COLUMNS, (h, refined(found, hh_settings(name, out, settings)), h > 0, augmented > 0)))
 
 
 def hh_report(out, settings):
     """RESULTS-hh.md."""
-    n = sum(1 for _ in open(out / "world" / "eval_pairs.jsonl", encoding="utf-8"))
-    rows = []
-    for name in hh_systems():
-        h, refined, *accuracies = hh_ends(out, name)
-        rows.append([f"`{name}`", f"{h:.2f}", f"{refined:.2f}",
-                     *(f"{100 * a:.1f} ± {196 * math.sqrt(a * (1 - a) / n):.1f}" for a in accuracies)])
-    commit = cli.read_json(out / "dpo" / "config.json").get("commit")
+    rows, config = [], model.read_config(out / "base" / "final")
+    for name, more in hh_systems().items():
+        ends, plain = (hh_ends(out, run, settings) for run in (name, more["recipe"].removeprefix("sr-")))
+
+        def accuracy(values, sign=""):
+            return f"{100 * values.mean():{sign}.1f} ± {196 * values.std() / math.sqrt(len(values)):.1f}"
+        difference = ends["accuracy"].astype(float) - plain["accuracy"]
+        rows.append([f"`{name}`", f"{ends['margin'].mean():.2f}", f"{ends['refined_margin'].mean():.2f}", accuracy(ends["accuracy"]),
+                     accuracy(difference, "+") if more.get("lam") else "", accuracy(ends["augmented_accuracy"])])
+    weights = sum(weight.numel() for weight in model.blank(out / "base" / "final", torch.float32, False).parameters())
     return "\n".join([
         "# Results on real preferences", "",
-        f"`python reproduce.py hh` at commit {commit}, seed {settings.seed}: {n} held-out pairs, accuracies in % with ± 95 %. "
-        f"A model of 1.3 million parameters, made from scratch on the text of the same files.", "",
-        table(["system", *HH_COLUMNS.values()], rows), "", "![margins and accuracies over the steps](figures/hh.png)"]) + "\n"
+        f"`python reproduce.py hh` at commit {cli.read_json(out / 'dpo' / 'config.json').get('commit')}, seed {settings.seed}, on "
+        f"{', '.join(Path(file).name for file in settings.data)}: {len(ends['margin'])} held-out pairs, accuracies in % with ± 95 %. "
+        f"A Llama of {weights / 1e6:.1f} million parameters (width {config.width}, {config.layers} layers), from scratch: base on the "
+        f"text of the training pairs, half of it rated behind p (100 for chosen, 1 for rejected responses), SFT on the chosen "
+        f"ones, then each system with λ in its name.", "",
+        table(["system", "h", "refined margin", "accuracy", "… less dpo's or ipo's", "augmented accuracy"], rows), "",
+        "![margins and accuracies over the steps](figures/hh.png)"]) + "\n"
 
 
-def figure_hh(figure, out):
+def figure_hh(figure, out, settings):
     """A row a metric: training and held-out pairs of the dpo family, then of the ipo family.
 
     dpo and ipo look at no pair behind p while they train: their refined margin is the margin, their augmented accuracy a dot
@@ -1105,7 +1229,7 @@ def figure_hh(figure, out):
     axes = figure.subplots(len(HH_COLUMNS), 4, sharex=True)
     for name, more in hh_systems().items():
         records = [record for _, record in checkpoint.records(out / name / "metrics.jsonl")]
-        lam, ends = more.get("lam"), dict(zip(HH_COLUMNS, hh_ends(out, name)))
+        lam, ends = more.get("lam"), {key: values.mean() for key, values in hh_ends(out, name, settings).items()}
         style = dict(color=COLOURS[LAMBDAS.index(lam)] if lam else "black", label=f"λ = {lam}" if lam else name)
         for row, metric in zip(axes, HH_COLUMNS):
             left, right = row[:2] if "dpo" in name else row[2:]
@@ -1134,8 +1258,8 @@ def hh(settings):
     write_hh(out / "world", settings)
     jobs = {"base": ([], ("base", settings)), "sft": (["base"], ("sft", settings))}
     carry_out(jobs | {name: (["sft"], (name, settings)) for name in hh_systems()}, hh_work, settings.workers)
-    place = out if settings.quick else Path()
-    draw(place / "figures" / "hh.png", (15, 11), figure_hh, out)
+    place = ROOT if settings == HHSettings(data=settings.data, device=settings.device) else out
+    draw(place / "figures" / "hh.png", (15, 11), figure_hh, out, settings)
     text = hh_report(out, settings)
     (place / "RESULTS-hh.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\nwritten to {place / 'RESULTS-hh.md'}")
