@@ -61,6 +61,7 @@ class Run:
     start: str | None = None
     more: dict = field(default_factory=dict)
     reward: str | None = None                        # the run whose reward model PPO uses
+    share: float = 1.0                               # of toy.py's steps
 
     @property
     def needs(self):
@@ -82,16 +83,14 @@ def runs():
     found = {"world": Run("world"), "base": Run("sft", "world"), "sft": Run("sft", "base"), "work": Run("work", "sft")}
     for fraction in FRACTIONS:
         for recipe in ("judge", "reward"):
-            steps = round(STEPS[fraction] * toy.STAGES[recipe]["steps"])
-            found[recipe + tail(fraction)] = Run(recipe, "sft", dict(data_fraction=fraction, steps=steps))
+            found[recipe + tail(fraction)] = Run(recipe, "sft", dict(data_fraction=fraction), share=STEPS[fraction])
     for loss in ("dpo", "ipo"):
         found[loss] = Run(loss, "sft", dict(lr=LR))
         for lam in LAMBDAS:
             found[sr(loss, lam)] = Run(f"sr-{loss}", "sft", dict(lr=LR, lam=lam))
         for tuples in TUPLES[:-1]:
-            steps = tuples // toy.STAGES["dpo"]["batch_size"]
             for name in (loss, sr(loss)):
-                found[f"{name}-{tuples}"] = Run(found[name].recipe, "sft", found[name].more | dict(steps=steps))
+                found[f"{name}-{tuples}"] = dataclasses.replace(found[name], share=tuples / TUPLES[-1])
     # Controls: p is empty, so that Δπ is Δ_naive = βh (paper 1, eq. 10); p in other words; the scale λΔπ/β.
     for name, loss, more in (("sr-dpo-naive", "dpo", dict(refinement_prompt="")),
                              ("sr-dpo-paraphrase", "dpo", dict(refinement_prompt=PARAPHRASE)),
@@ -118,7 +117,7 @@ def seconds_of(name, scale):
     """About how long a run takes on one core."""
     run = RUNS[name]
     whole = 45 if name == "base" else 10 if name == "sft" else SECONDS.get(run.recipe, 40) * run.more.get("k", 7) / 7
-    return 3 + scale * whole
+    return 3 + scale * run.share * whole
 
 
 def settings_of(name, folder, seed, scale):
@@ -131,7 +130,7 @@ def settings_of(name, folder, seed, scale):
     for key, other in (("model", run.start), ("reward", run.reward)):
         if other not in (None, "world"):
             stage[key] = str(folder / other / "final")
-    stage["steps"] = max(2, round(stage["steps"] * scale))
+    stage["steps"] = max(2, round(stage["steps"] * run.share * scale))
     return kind(**stage)
 
 
@@ -345,7 +344,7 @@ def described(name, seed, settings):
     """All that a run and its measurement depend on, but for the code: its settings, and digests of what it starts from."""
     if name == "world":
         return dict(seed=seed, rows=toy.ROWS, shape=toy.SHAPE)
-    about = dict(prompts=settings.prompts, run=dataclasses.asdict(RUNS[name]))
+    about = dict(measured_prompts=settings.prompts, run=dataclasses.asdict(RUNS[name]))
     if name != "work":
         about |= dataclasses.asdict(settings_of(name, Path(), seed, settings.scale))
     for other in RUNS[name].needs:
@@ -1265,12 +1264,17 @@ def hh(settings):
     print(f"\n{text}\nwritten to {place / 'RESULTS-hh.md'}")
 
 
-if __name__ == "__main__":
+def command():
+    """The command line: words are claims, or hh; the rest is --key=value."""
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
     options = [word for word in sys.argv[1:] if word.startswith("-")]
+    sys.argv[1:] = options
     if words == ["hh"]:
-        sys.argv[1:] = options
         cli.run(hh, HHSettings)
     else:
-        sys.argv[1:] = ([f"--claims={','.join(words)}"] if words else []) + options
+        sys.argv[1:1] = [f"--claims={','.join(words)}"] if words else []
         cli.run(main, Settings)
+
+
+if __name__ == "__main__":
+    command()

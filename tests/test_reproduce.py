@@ -1,8 +1,10 @@
 """reproduce.py: verdicts and the bootstrap by hand, the runs that claims ask for, measurements, and the same table twice."""
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,14 +70,17 @@ def test_bootstrap_has_the_width_of_theory():
     result = reproduce.weigh(reproduce.better("a", "sft"), rewards(0.0, spread=1.0))
     assert result.high - result.low == pytest.approx(2 * 1.96 / 20, rel=0.12)
     result = reproduce.weigh(reproduce.better("a", "sft"), rewards(0.0, 0.5))
-    assert result.low == pytest.approx(0.0, abs=1e-9) and result.high == pytest.approx(0.5)
+    assert [result.low, result.high] == pytest.approx([0.25 - 0.25 * 2 ** 0.5, 0.25 + 0.25 * 2 ** 0.5])     # √(n/(n-1)) = √2
     assert result.verdict == "cannot tell"
 
 
 def test_bootstrap_without_rows_draws_seeds():
+    part = reproduce.CLAIMS["S5"].parts[0]
     measured = [{"work": {"dpo": np.array(1.0), "sr-dpo": np.array(1.238 + d)}} for d in (0.0, 0.02)]
-    result = reproduce.weigh(reproduce.CLAIMS["S5"].parts[0], measured)
-    assert result.low == pytest.approx(0.0, abs=1e-9) and result.high == pytest.approx(0.02) and result.verdict == "holds"
+    result = reproduce.weigh(part, measured)
+    assert [result.low, result.high] == pytest.approx([0.01 - 0.01 * 2 ** 0.5, 0.01 + 0.01 * 2 ** 0.5])
+    assert result.values == pytest.approx([0.0, 0.02]) and result.verdict == "holds"
+    assert reproduce.weigh(part, measured[:1]).verdict == "cannot tell"                # one seed, no rows: nothing to draw
 
 
 def test_rank_correlations_by_hand():
@@ -93,7 +98,20 @@ def test_every_claim_and_every_recipe_is_there():
     assert list(reproduce.CLAIMS) == [f"S{i}" for i in range(1, 7)] + [f"O{i}" for i in range(1, 9)]
     assert {run.recipe for run in reproduce.RUNS.values()} >= {*train.RECIPES, *rlhf.RECIPES}
     for claim in reproduce.CLAIMS.values():
-        assert reproduce.runs_of(claim) <= reproduce.RUNS.keys() and claim.parts
+        assert all(part.runs <= reproduce.RUNS.keys() for part in claim.parts)
+    assert {name for *_, names in reproduce.FIGURES.values() for name in names} <= reproduce.RUNS.keys()
+    panels = [reproduce.RUNS[name].recipe for name in reproduce.FIGURES["recipes"][2]]
+    assert sorted(panels) == sorted([*train.RECIPES, *rlhf.RECIPES])                     # each recipe has its curve, once
+
+
+def test_what_would_matter_stays_what_it_was():
+    """The thresholds, as they stood before the runs: whoever moves one has to move it here too."""
+    assert {name: [(part.kind, part.least) for part in claim.parts] for name, claim in reproduce.CLAIMS.items()} == {
+        "S1": [("more", 0.05)] * 2 + [("keeps", 0.02)] * 2, "S2": [("alike", 0.03)] * 2,
+        "S3": [("more", 0.03), ("more", 0.03), ("more", 0.0)] * 2, "S4": [("more", 0.02)] * 2, "S5": [("alike", 0.1)] * 2,
+        "S6": [("more", 0.03)] * 4, "O1": [("more", 0.03)] * 4, "O2": [("keeps", 0.05), ("more", 0.05), ("more", 0.03)],
+        "O3": [("more", 0.02)] * 4, "O4": [("more", 0.03)] * 2 + [("more", 0.5), ("more", 0.03)], "O5": [("more", 0.03)] * 3,
+        "O6": [("more", 0.03)] * 3 + [("more", 0.01)], "O7": [("more", 0.03)] * 2 + [("more", 0.05)], "O8": [("more", 0.03)] * 3}
 
 
 def test_a_run_stands_behind_what_it_needs():
@@ -116,6 +134,10 @@ def test_settings_of_runs(tmp_path):
     assert of["rlhf-0.02"].reward == str(tmp_path / "reward-0.02/final") and of["rlhf"].model == str(tmp_path / "sft/final")
     assert of["sr-ipo-lam1.0"].lam == 1.0 and of["osp-k3"].k == 3 and {s.seed for s in of.values()} == {3}
     assert of["dpo-800"].steps * of["dpo-800"].batch_size == 800 and of["dpo"].steps * of["dpo"].batch_size == 3200
+    assert of["sr-dpo-naive"].refinement_prompt == "" and of["sr-dpo-paraphrase"].refinement_prompt == reproduce.PARAPHRASE
+    assert of["sr-ipo-exact"].delta_scale == "exact" and of["sr-ipo-lam0.3"].delta_scale == "printed"
+    assert {s.lr for name, s in of.items() if reproduce.RUNS[name].start in ("sft", "judge", "judge-0.02") and s.recipe not in
+            ("judge", "reward")} == {reproduce.LR}
     assert reproduce.settings_of("dpo", tmp_path, 3, 0.1).steps == of["dpo"].steps // 10
     assert of["base"].model == str(tmp_path / "world/model")
 
@@ -123,10 +145,19 @@ def test_settings_of_runs(tmp_path):
 @pytest.mark.parametrize("arguments, sentence", [
     (["S9"], "S9 is no claim"), (["S1", "--workers=0"], "--workers=0"), (["--seeds=-1"], "--seeds=-1"), (["--quik"], "--quick"),
 ])
-def test_bad_input_is_one_sentence(arguments, sentence, tmp_path):
-    done = subprocess.run([sys.executable, REPRODUCE, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):
+    refused(arguments, sentence, tmp_path, monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
+
+
+def refused(arguments, sentence, folder, monkeypatch, capsys):
+    """The command, in a folder, ends with status 1 and one sentence."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+    with pytest.raises(SystemExit) as left:
+        reproduce.command()
+    said = capsys.readouterr().err
+    assert left.value.code == 1 and sentence in said and len(said.splitlines()) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,15 +197,17 @@ def reproduced(out, *claims, **more):
 
 def test_the_same_seed_gives_the_same_table(miniature, tmp_path):
     """Twice from nothing, byte for byte; a third time nothing is run; figures are PNG files."""
-    claims = ("S2", "S4", "O3", "O7")
+    claims = ("S3", "O3", "O7")
     first, second = (reproduced(tmp_path / name, *claims) for name in ("a", "b"))
     assert first == second and all(f"**{name}**" in first for name in claims) and "nan" not in first
-    for name in ("`sft`", "`spin`", "`raft`", "a response to another prompt", "## Judge and reward model"):
+    for name in ("`sft`", "`spin`", "`raft`", "responses to another prompt", "## Judge and reward model"):
         assert name in first
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("seed*/*/*") if path.is_file()}
     assert reproduced(tmp_path / "a", *claims) == first
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("seed*/*/*") if path.is_file()}
-    for path in (tmp_path / "a/figures").iterdir():
+    drawn = sorted((tmp_path / "a/figures").iterdir())
+    assert [path.name for path in drawn] == ["lambda.png", "margins.png"]              # all runs of the others are not there
+    for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG") and f"figures/{path.name}" in first
 
 
@@ -199,11 +232,44 @@ def test_interrupted_it_goes_on(miniature, tmp_path, monkeypatch):
 
 def test_runs_of_other_settings_are_refused(miniature, tmp_path):
     reproduced(tmp_path, "S5")
-    with pytest.raises(InputError, match="seed 0, world: .*seed0/world holds another run .scale, prompts differ"):
+    with pytest.raises(InputError, match=r"seed0/base holds another run \(measured_prompts, steps differ\)"):
         reproduced(tmp_path, "S5", quick=True)
 
 
-def test_a_tenth_of_the_arithmetic_is_counted(miniature, tmp_path):
+def test_what_starts_from_another_run_is_another_run(miniature, tmp_path, monkeypatch):
+    """Another number of steps of the SFT run: the folder of what starts from it is refused too, once that one is gone."""
+    reproduced(tmp_path, "S5")
+    monkeypatch.setitem(toy.STAGES["sft"], "steps", 2)
+    for seed in (0, 1):
+        shutil.rmtree(tmp_path / f"seed{seed}/sft")
+    with pytest.raises(InputError, match=r"seed0/work holds another run \(of sft differ\)"):
+        reproduced(tmp_path, "S5")
+
+
+def test_only_the_whole_of_it_replaces_the_report():
+    assert reproduce.Settings().whole and reproduce.Settings(workers=1).whole
+    for more in (dict(seeds=[5]), dict(claims=["S1"]), dict(out_dir="out/try"), dict(quick=True)):
+        assert not reproduce.Settings(**more).whole
+
+
+def test_refined_margins_are_those_of_the_run():
+    """h = 2, h_p = 3, β = 0.1, λ = ½: h - λΔ/β = ½; Sr-IPO as printed 2 - ½·0.3 = 1.85; without Δπ h."""
+    found = {"margin": np.array([2.0]), "augmented_margin": np.array([3.0])}
+    for settings, expected in ((dict(recipe="sr-dpo", lam=0.5), 0.5), (dict(recipe="sr-ipo", lam=0.5), 1.85), (dict(recipe="dpo"), 2.0),
+                               (dict(recipe="sr-ipo", lam=0.5, delta_scale="exact"), 0.5)):
+        assert reproduce.refined(found, train.Settings(**settings)) == pytest.approx([expected])
+
+
+def test_the_naive_control_sees_what_it_was_trained_with(miniature, tmp_path):
+    """Behind an empty p the augmented margin is the margin."""
+    settings = reproduce.Settings(out_dir=str(tmp_path), seeds=[0], workers=1)
+    for name in ("world", "base", "sft", "sr-dpo-naive"):
+        reproduce.work_on(name, 0, settings)
+    found = np.load(tmp_path / "seed0/sr-dpo-naive/measured.npz")
+    assert found["augmented_margin"] == pytest.approx(found["margin"]) and np.abs(found["margin"]).max() > 0
+
+
+def test_arithmetic_is_counted(miniature, tmp_path):
     """Sr-DPO's update costs more than DPO's, by the forward passes behind p; IPO's costs the same as DPO's."""
     reproduced(tmp_path, "S5")
     found = np.load(tmp_path / "seed0/work/measured.npz")
@@ -221,21 +287,26 @@ def test_without_matplotlib_nothing_is_begun(miniature, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Workers
 
-def label(name):
+def label(name, folder, needs):
+    """A job that leaves its name behind it, a little later than it could, and looks for the names of those that it needs."""
     if name == "stopped":
         raise InputError("stopped is what it is.")
+    assert all((folder / other).exists() for other in needs)
+    time.sleep(0.2)
+    (folder / name).touch()
     return 0.0 if name == "kept" else 1.0
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_jobs_wait_for_what_they_need(workers, capsys):
-    """A chain and a fan, in any number of workers; what took no time is not told."""
-    jobs = {"a": ([], ("a",)), "b": (["a"], ("b",)), "kept": (["a"], ("kept",)), "d": (["b", "kept"], ("d",))}
-    reproduce.carry_out(jobs, label, workers)
+def test_jobs_wait_for_what_they_need(workers, tmp_path, capsys):
+    """A chain and a fan, in any number of workers; what took no time is not told. One that fails ends all."""
+    needs = {"a": [], "b": ["a"], "kept": ["a"], "d": ["b", "kept"], "e": []}
+    reproduce.carry_out({name: (some, (name, tmp_path, some)) for name, some in needs.items()}, label, workers)
     told = [line.split("] ")[1] for line in capsys.readouterr().out.splitlines()]
-    assert told == ["a: 1 s", "b: 1 s", "d: 1 s"]
+    assert sorted(told) == ["a: 1 s", "b: 1 s", "d: 1 s", "e: 1 s"] and told.index("a: 1 s") < told.index("d: 1 s")
     with pytest.raises(InputError, match="stopped is what it is"):
-        reproduce.carry_out({"a": ([], ("a",)), "x": (["a"], ("stopped",)), "y": (["x"], ("y",))}, label, workers)
+        reproduce.carry_out({"stopped": ([], ("stopped", tmp_path, [])), "y": (["stopped"], ("y", tmp_path, []))}, label, workers)
+    assert not (tmp_path / "y").exists()
 
 
 def killed(name):
@@ -293,7 +364,8 @@ def test_hh_in_miniature(dialogues, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out/hh-quick/figures/hh.png").read_bytes().startswith(b"\x89PNG")
     for name in ("dpo", "ipo", "sr-dpo-lam0.3", "sr-ipo-lam0.3"):
         last = reproduce.checkpoint.last_record(tmp_path / "out/hh-quick" / name / "metrics.jsonl")
-        h, refined, accuracy, augmented = reproduce.hh_ends(tmp_path / "out/hh-quick", name)
+        ends = reproduce.hh_ends(tmp_path / "out/hh-quick", name, settings)
+        h, refined, accuracy, augmented = (values.mean() for values in ends.values())
         assert [h, accuracy] == pytest.approx([last["eval_margin"], last["eval_accuracy"]], abs=1e-5)
         if name.startswith("sr-"):
             assert [refined, augmented] == pytest.approx([last["eval_refined_margin"], last["eval_augmented_accuracy"]], abs=1e-5)
@@ -309,10 +381,9 @@ def test_hh_in_miniature(dialogues, tmp_path, monkeypatch, capsys):
     (["hh"], "--data: name the files"), (["hh", "--data=none.jsonl"], "none.jsonl"),
     (["hh", "--data=few.jsonl"], "few.jsonl: 1 pairs are too few"), (["hh", "S1"], "hh is no claim"),
 ])
-def test_hh_with_bad_input(arguments, sentence, tmp_path):
+def test_hh_with_bad_input(arguments, sentence, tmp_path, monkeypatch, capsys):
     (tmp_path / "few.jsonl").write_text(json.dumps(dialogue(0)) + "\n")
-    done = subprocess.run([sys.executable, REPRODUCE, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and sentence in done.stderr and len(done.stderr.splitlines()) == 1
+    refused(arguments, sentence, tmp_path, monkeypatch, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]
 
 
