@@ -1,7 +1,7 @@
 # make run     install what is needed into .venv and run the default job: the whole path on the embedded world
 # make test    install the development extra too and run the tests
 # make slow    the tests that take minutes
-# make reproduce   the papers' claims on the embedded world, quickly; ARGS="--seeds=1,2,3,4" or the like does it in earnest
+# make reproduce   the claims of the papers on the embedded world, a tenth of the steps; ARGS=--quick=false: all of them
 # make bench   Osprey beside TRL and transformers, in an environment of its own
 # ARGS="--seed=1 --out_dir=out/seed1" is passed on.
 
