@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -385,6 +386,32 @@ def test_hh_with_bad_input(arguments, sentence, tmp_path, monkeypatch, capsys):
     (tmp_path / "few.jsonl").write_text(json.dumps(dialogue(0)) + "\n")
     refused(arguments, sentence, tmp_path, monkeypatch, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_what_is_under_way(number, tmp_path):
+    """With workers, while a base model trains: status 130, nobody is left, the run's steps are kept, and the next call goes on."""
+    command = [sys.executable, REPRODUCE, "S5", "--quick", "--seeds=0,1", "--workers=2", f"--out_dir={tmp_path}"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    metrics = tmp_path / "seed0/base/metrics.jsonl"
+    until = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert time.monotonic() < until and started.poll() is None, started.communicate()[0]
+        time.sleep(0.1)
+    os.killpg(started.pid, number) if number == signal.SIGINT else started.send_signal(number)      # a terminal tells all of them
+    said = started.communicate(timeout=120)[0]
+    assert started.returncode == 130 and "stopped; the same command goes on" in said and "Traceback" not in said
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(started.pid, 0)
+            time.sleep(0.1)
+    kept, = (int(path.name.split("-")[1]) for path in (tmp_path / "seed0/base/checkpoint").iterdir())
+    assert kept >= 3 and not (tmp_path / "seed0/base/measured.npz").exists()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "**S5**" in again.stdout, again.stderr
+    steps = [record["step"] for _, record in reproduce.checkpoint.records(metrics)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > kept
 
 
 @pytest.mark.slow
