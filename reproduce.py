@@ -46,8 +46,8 @@ ROOT = Path(__file__).parent                          # where RESULTS.md and fig
 FRACTIONS = (0.02, 0.1, 0.5, 1.0)                    # of the preference data: the tables of paper 2
 LAMBDAS = (0.1, 0.3, 0.5, 1.0)                       # of paper 1, which does not state its pick; ours is 0.3
 TUPLES = (800, 1600, 3200)                           # preference pairs in one epoch; 3200 are those of toy.py
-# Found on seed 0, which is in no result: of 1e-4 and 3e-4 (toy.py's) the better one for each of dpo, ipo, osp, osp-dpo,
-# osp-ipo and rlhf. A small share of the preference data is learned by heart when it is gone through as long as all of it.
+# Found on seed 0, which is in no result: of 1e-4 and 3e-4 the better one for each of dpo, ipo, osp, osp-dpo, osp-ipo and rlhf.
+# A small share of the preference data is learned by heart when it is gone through as long as all of it.
 LR = 1e-4
 STEPS = {0.02: 0.4, 0.1: 0.5, 0.5: 1.0, 1.0: 1.0}    # of judge and reward model: share of the data: share of toy.py's steps
 PARAPHRASE = ("Answer the question below as helpfully as you can, without doing harm: the answer should deserve 100 points, "
@@ -110,13 +110,14 @@ def runs():
 
 RUNS = runs()
 # About the seconds that a run of all steps takes on one core, and its measurement, for the plan.
-SECONDS = dict(world=4, work=25, judge=65, reward=25, dpo=20, ipo=20, rlhf=60, spin=25, raft=30, rso=80) | {"sr-dpo": 32, "sr-ipo": 32}
+SECONDS = {"world": 3, "work": 8, "judge": 65, "reward": 32, "dpo": 18, "ipo": 18, "sr-dpo": 24, "sr-ipo": 24, "offline-soft": 22,
+           "spin": 12, "rlhf": 42, "raft": 34, "rso": 80}
 
 
 def seconds_of(name, scale):
     """About how long a run takes on one core."""
     run = RUNS[name]
-    whole = 45 if name == "base" else 10 if name == "sft" else SECONDS.get(run.recipe, 40) * run.more.get("k", 7) / 7
+    whole = 70 if name == "base" else 10 if name == "sft" else SECONDS.get(run.recipe, 50) * run.more.get("k", 7) / 7
     return 3 + scale * run.share * whole
 
 
@@ -496,7 +497,6 @@ class Claim:
     says: str                                        # the paper's claim
     paper: str                                       # the paper's figures for it
     parts: tuple
-    note: str = ""                                   # what is different here, and what was tried
 
 
 def score(name, domain="prompts", what="reward"):
@@ -606,6 +606,11 @@ CLAIMS = {claim.name: claim for claim in [
     Claim("O8", "on-policy > SFT sampling, RSO, offline", "figure", (
         better("osp", "sft-sampling"), better("osp", "rso"), better("osp", "offline-soft"))),
 ]}
+
+
+# Written when the runs of RESULTS.md were done, and shown with them.
+NOTES = {
+}
 
 
 def ranks_of(values):
@@ -1007,7 +1012,9 @@ def report(measured, settings, drawn):
              f"{count['holds']} hold, {count['does not hold']} do not, of {count['cannot tell']} nobody can tell.", "",
              table(["", "the paper's claim", "its figures", "here: mean ± deviation over the seeds [95 % interval] · what would "
                     "matter · verdict", "verdict"], rows), ""]
-    text += [*(f"- **{name}**: {CLAIMS[name].note}" for name in settings.claims if CLAIMS[name].note), ""]
+    if settings.whole:
+        text += ["What differs here from the papers, and what was tried:", "", *(f"- **{name}**: {said}" for name, said in NOTES.items()),
+                 ""]
     text += ["## Systems", "", f"For scale: {'; '.join(f'{says} {value}' for says, value in landmark_rows(measured))}.", "",
              "Wins are over `sft`, ties half. The second domain is in no data but the base model's. KL in nats a response.", "",
              table(["run", "true reward", "wins, %", "second domain", "tokens", "KL to its start"], system_rows(measured)), ""]

@@ -365,7 +365,7 @@ STAGES = {
     "sft":   dict(steps=60, batch_size=64, lr=3e-4, lr_schedule="cosine", eval_every=20),
     "judge": dict(steps=500, batch_size=32, lr=5e-4, lr_schedule="cosine", eval_every=100),
     "osp":   dict(steps=80, batch_size=16, lr=3e-4, beta=0.1, max_tokens=16, sample_every=40),
-    "dpo":   dict(steps=100, batch_size=32, lr=3e-4, optimizer="adam"),
+    "dpo":   dict(steps=100, batch_size=32, lr=1e-4, optimizer="adam"),
     "reward": dict(steps=250, batch_size=64, lr=5e-4, lr_schedule="cosine", eval_every=50),
     "rlhf":  dict(steps=40, batch_size=64, lr=3e-4, max_tokens=16, sample_every=20),
 }
