@@ -96,14 +96,19 @@ def runs():
                              ("sr-dpo-paraphrase", "dpo", dict(refinement_prompt=PARAPHRASE)),
                              ("sr-ipo-exact", "ipo", dict(delta_scale="exact"))):
         found[name] = Run(f"sr-{loss}", "sft", dict(lr=LR, lam=0.3) | more)
+    # Tried for S3: three times the learning rate, with which DPO goes too far.
+    found["dpo-fast"] = Run("dpo", "sft", dict(lr=3 * LR))
+    for lam in LAMBDAS[1:]:
+        found[sr("dpo", lam) + "-fast"] = Run("sr-dpo", "sft", dict(lr=3 * LR, lam=lam))
     for recipe in ("osp", "osp-dpo", "osp-ipo", "sr-spce", "random-pairs", "self-rewarding", "raft", "sft-sampling", "rso",
                    "offline-soft"):
         found[recipe] = Run(recipe, "judge", dict(lr=LR) | (dict(beta=0.1) if recipe == "offline-soft" else {}))
     found["spin"] = Run("spin", "sft", dict(lr=LR))
     for k in (3, 15):
         found[f"osp-k{k}"] = Run("osp", "judge", dict(lr=LR, k=k))
-    found["osp-0.02"] = Run("osp", "judge-0.02", dict(lr=LR))
-    for fraction in (1, 0.02):
+    for fraction in (0.02, 0.1):
+        found["osp" + tail(fraction)] = Run("osp", "judge" + tail(fraction), dict(lr=LR))
+    for fraction in (1, 0.02, 0.1):
         found["rlhf" + tail(fraction)] = Run("rlhf", "sft", dict(lr=LR), "reward" + tail(fraction))
     return found
 
@@ -702,7 +707,9 @@ def claim_rows(names, measured):
         lines = [f"{part.says}: {over_seeds(result.values, part.form)} [{part.form.format(result.low)}, "
                  f"{part.form.format(result.high)}] · {SIGNS[part.kind]} {part.form.format(part.least).lstrip('+')} · {result.verdict}"
                  for part, result in zip(claim.parts, results)]
-        rows.append([f"**{name}**", claim.says, claim.paper, "<br>".join(lines), f"**{verdicts[name]}**"])
+        held = sum(result.verdict == "holds" for result in results)
+        rows.append([f"**{name}**", claim.says, claim.paper, "<br>".join(lines),
+                     f"**{verdicts[name]}** ({held} of {len(results)} parts hold)"])
     return rows, verdicts
 
 
@@ -756,7 +763,7 @@ def reward_rows(measured):
     """What PPO's own reward model says of samples before and after, in both domains, beside the true reward."""
     return [[f"`{name}`", says, *(over_seeds([m[run][f"{domain}_{what}"].mean() for m in measured], "{:.2f}") for run, what in (
         (name, "sft_learned"), (name, "learned"), ("sft", "reward"), (name, "reward")))]
-        for name in ("rlhf", "rlhf-0.02") if name in measured[0]
+        for name in ("rlhf", "rlhf-0.1", "rlhf-0.02") if name in measured[0]
         for domain, says in zip(DOMAINS, ("trained on", "second domain"))]
 
 
@@ -870,8 +877,8 @@ def figure_data(figure, measured, names):
     left.set(xscale="log", xlabel="share of the pairs, %", ylabel="accuracy, %")
     left.legend(fontsize=8)
     for i, name in enumerate(("osp", "rlhf")):
-        draw_bars(right, measured, [name + "-0.02", name], colour=COLOURS[i], shift=0.4 * i - 0.2, width=0.35, label=name)
-    right.set_xticks([0, 1], ["2 %", "100 %"], rotation=0, ha="center")
+        draw_bars(right, measured, [name + "-0.02", name + "-0.1", name], colour=COLOURS[i], shift=0.4 * i - 0.2, width=0.35, label=name)
+    right.set_xticks([0, 1, 2], ["2 %", "10 %", "100 %"], rotation=0, ha="center")
     right.set(ylabel="true reward", xlabel="share of the pairs")
     right.legend(fontsize=8)
 
@@ -933,7 +940,7 @@ FIGURES = {                                          # file: (what draws it, inc
     "online": (figure_online, (9, 3.5), ["osp", "osp-ipo", "osp-dpo"]),
     "ablations": (figure_ablations, (10, 4), list(dict.fromkeys(name for some in ABLATIONS.values() for name in some))),
     "data": (figure_data, (9, 3.5), [run + tail(fraction) for run in ("judge", "reward") for fraction in FRACTIONS] +
-             ["osp", "osp-0.02", "rlhf", "rlhf-0.02"]),
+             [run + tail(fraction) for run in ("osp", "rlhf") for fraction in (0.02, 0.1, 1.0)]),
     "k": (figure_k, (5, 3.5), ["judge", "osp-k3", "osp", "osp-k15"]),
     "domains": (figure_domains, (9, 3.5), ["sft", "dpo", "ipo", "rlhf", "osp"]),
     "rlhf": (figure_rlhf, (10, 3), ["rlhf", "rlhf-0.02"]),

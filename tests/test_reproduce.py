@@ -138,7 +138,7 @@ def test_settings_of_runs(tmp_path):
     assert of["sr-dpo-naive"].refinement_prompt == "" and of["sr-dpo-paraphrase"].refinement_prompt == reproduce.PARAPHRASE
     assert of["sr-ipo-exact"].delta_scale == "exact" and of["sr-ipo-lam0.3"].delta_scale == "printed"
     assert {s.lr for name, s in of.items() if reproduce.RUNS[name].start in ("sft", "judge", "judge-0.02") and s.recipe not in
-            ("judge", "reward")} == {reproduce.LR}
+            ("judge", "reward") and not name.endswith("-fast")} == {reproduce.LR}
     assert reproduce.settings_of("dpo", tmp_path, 3, 0.1).steps == of["dpo"].steps // 10
     assert of["base"].model == str(tmp_path / "world/model")
 
