@@ -440,8 +440,8 @@ def side_by_side(jobs, work, workers):
                     done.add(under_way.pop(future))
                     yield label, seconds
         except concurrent.futures.process.BrokenProcessPool:
-            raise InputError(f"one of {'; '.join(under_way.values())} was killed (for want of memory?); the same command goes on from "
-                             f"what is there.") from None
+            raise InputError(f"one of {'; '.join(under_way.values())} was killed (for want of memory?); the same command goes on "
+                             f"from what is there.") from None
         finally:
             for child in multiprocessing.active_children() if under_way else []:
                 child.terminate()
@@ -452,8 +452,10 @@ def interrupt(number, frame):
 
 
 def carry_out(jobs, work, workers):
-    """work(*arguments) for each of the jobs {label: (labels that it needs, arguments)}, each behind those that it needs; it returns
-    the seconds that it took, and a line is printed unless they are 0. Ctrl-C or SIGTERM ends this process with 130."""
+    """work(*arguments) for each of the jobs {label: (labels that it needs, arguments)}, each behind those that it needs.
+
+    It returns the seconds that it took, and a line is printed unless they are 0. Ctrl-C or SIGTERM ends this process with 130.
+    """
     started, before = time.time(), {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for number, (label, seconds) in enumerate(in_turn(jobs, work) if workers == 1 else side_by_side(jobs, work, workers), 1):
@@ -511,7 +513,8 @@ def score(name, domain="prompts", what="reward"):
 
 def combined(function, *quantities):
     """function([numbers]) of several quantities."""
-    return Quantity(lambda m, pick: function([one.of(m, pick) for one in quantities]), *(run for one in quantities for run in one.runs))
+    return Quantity(lambda m, pick: function([one.of(m, pick) for one in quantities]),
+                    *(run for one in quantities for run in one.runs))
 
 
 def better(a, b, least=0.03, domain="prompts", **more):
@@ -593,21 +596,21 @@ CLAIMS = {claim.name: claim for claim in [
                    accuracy("reward" + tail(fraction), "reward_margin"), 0.02, **POINTS) for fraction in FRACTIONS)),
     Claim("O4", "OSP carries over to another domain, where RLHF over-optimises its reward model", "figure", (
         better("osp", "sft", domain="advice"), better("osp", "rlhf", domain="advice"),
-        Part("learned reward, rlhf − sft, second domain", score("rlhf", "advice", "learned") - score("rlhf", "advice", "sft_learned"),
-             0.5, units=("sft", "advice_reward")),
+        Part("learned reward, rlhf − sft, second domain",
+             score("rlhf", "advice", "learned") - score("rlhf", "advice", "sft_learned"), 0.5, units=("sft", "advice_reward")),
         better("sft", "rlhf", domain="advice"))),
     Claim("O5", "a model that can judge improves itself without preferences, more with larger K, and beats Self-Rewarding",
           "figure, Mistral-7B", (better("osp", "judge"), better("osp-k15", "osp-k3"), better("osp", "self-rewarding"))),
     Claim("O6", "online, SPCE > IPO > DPO; DPO overfits while its loss still falls", "figure", (
         better("osp", "osp-ipo"), better("osp-ipo", "osp-dpo"),
-        Part("osp-dpo, true reward, second quarter of the steps − last", quarter("osp-dpo", "true", 1) - quarter("osp-dpo", "true", 3),
-             0.03, units=None),
+        Part("osp-dpo, true reward, second quarter of the steps − last",
+             quarter("osp-dpo", "true", 1) - quarter("osp-dpo", "true", 3), 0.03, units=None),
         Part("osp-dpo, loss, second quarter − last", quarter("osp-dpo", "loss", 1) - quarter("osp-dpo", "loss", 3), 0.01,
              units=None))),
     Claim("O7", "ranked > random > RAFT; SPIN pulls towards its data set", "figure", (
         better("osp", "random-pairs"), better("random-pairs", "raft"),
-        Part("log π of held-out SFT data, nats a token, spin − sft", score("spin", "data", "logprob") - score("sft", "data", "logprob"),
-             0.05, units=("sft", "data_logprob")))),
+        Part("log π of held-out SFT data, nats a token, spin − sft",
+             score("spin", "data", "logprob") - score("sft", "data", "logprob"), 0.05, units=("sft", "data_logprob")))),
     Claim("O8", "on-policy > SFT sampling, RSO, offline", "figure", (
         better("osp", "sft-sampling"), better("osp", "rso"), better("osp", "offline-soft"))),
 ]}
@@ -615,6 +618,39 @@ CLAIMS = {claim.name: claim for claim in [
 
 # Written when the runs of RESULTS.md were done, and shown with them.
 NOTES = {
+    "S1": "h rises with λ, as the printed minus sign lets one expect: a pair with Δπ > 0 is pushed harder. What falls is "
+          "the refined margin (see Margins). Accuracy keeps.",
+    "S2": "behind p both are 4 points below what they are without it. In other words than the base model has read (`sr-dpo-"
+          "paraphrase`) p costs 14 points.",
+    "S3": "with the learning rate that suits DPO every λ > 0 costs reward: the gradient is larger, KL and length grow. "
+          "Tried: three times the learning rate, with which DPO goes too far (rows `…-fast`): 0.361, 0.158, 0.288 and 0.447"
+          " at λ = 0, 0.3, 0.5 and 1; no such shape either. As printed, Sr-IPO subtracts λβh_p, at most 0.2 here where "
+          "1/(2β) is 5: it changes next to nothing. On the exact scale it gains 0.03.",
+    "S4": "without Δπ r is 0.79 and 0.80 already; with larger λ it falls (see Margins).",
+    "S5": "p has 48 tokens here, x and y together 18; though p is read once for all pairs of a batch, x and y are read once"
+          " more behind it. On HH-RLHF's pairs the README measures +50 %, and +32 % where the reference is cached.",
+    "S6": "DPO does overfit: 0.684, 0.733 and 0.669 with 800, 1,600 and 3,200 tuples; but the difference that was written "
+          "down is that of the two ends. Sr-DPO falls further; both IPOs are flat.",
+    "O1": "whether OSP or RLHF is ahead depends on the seed. DPO and IPO are the best systems here: their pairs are as good"
+          " as what can be sampled, and five of six labels are right. Tried on seed 0: 3e-4 instead of 1e-4 gave OSP 0.43, "
+          "RLHF 0.54, IPO 0.58, DPO 0.16, against 0.52, 0.62, 0.65, 0.58.",
+    "O2": "2 % are 160 pairs here, 1,525 in the paper. With 10 %, 800 pairs, OSP comes to 0.339 and RLHF to 0.432. Tried on"
+          " seed 0: five times the steps of augmentation at 2 % (a judge 65.6 % right instead of 64.8 %); OSP then came to "
+          "0.035.",
+    "O3": "the judge also learns from 25 % more labels (pairs with one slot empty), and still the reward model needs fewer "
+          "steps for as much. Tried on seed 0, judge: 500 steps at 2 % (65.6 %) and at 10 % (73.2 %); reward model: 250 and"
+          " 50 steps at 2 % (65.0, 58.6 %), 250 and 125 at 10 % (68.9, 74.2 %).",
+    "O4": "both domains ask for the same (fitting nouns, a wish, a time), and what RLHF learns carries over. OSP starts "
+          "from the judge, which augmentation has cost 0.22 in the second domain; from there it gains 0.30. RLHF does over-"
+          "optimise a reward model from 2 % of the data: the learned reward rises by 2.7, the true one falls (see PPO).",
+    "O5": "the model that can judge is the augmented one: what needs no preferences is everything behind it. K = 3, 7 and "
+          "15 end alike.",
+    "O6": "the order holds, and DPO's true reward falls from the middle on; its loss neither falls nor rises in that time.",
+    "O7": "pairing at random is as good as ranked. RAFT, the likelihood of its own best samples, collapses on some seeds. "
+          "SPIN's true reward goes to the data's (−0.096; the data −0.092), and the likelihood of the data falls, as that "
+          "of chosen responses does under all these losses.",
+    "O8": "fresh samples beat the SFT policy's by 0.2. Where the judge labels the data set's own pairs (offline-soft) it "
+          "does as well: those pairs are as good as what can be sampled.",
 }
 
 
@@ -656,7 +692,8 @@ def weigh(part, measured):
             again[i] = values[seeds].mean()
         else:
             rows = [len(measured[seed][part.units[0]][part.units[1]]) for seed in seeds]
-            again[i] = np.mean([part.quantity.of(measured[seed], rng.integers(size, size=size)) for seed, size in zip(seeds, rows)])
+            again[i] = np.mean([part.quantity.of(measured[seed], rng.integers(size, size=size))
+                                for seed, size in zip(seeds, rows)])
     mean = values.mean()
     low, high = mean + (np.percentile(again, [2.5, 97.5]) - mean) * math.sqrt(n / max(n - 1, 1))
     if part.units is None and n == 1:
@@ -704,9 +741,11 @@ def claim_rows(names, measured):
         claim = CLAIMS[name]
         results = [weigh(part, measured) for part in claim.parts]
         verdicts[name] = together([result.verdict for result in results])
-        lines = [f"{part.says}: {over_seeds(result.values, part.form)} [{part.form.format(result.low)}, "
-                 f"{part.form.format(result.high)}] · {SIGNS[part.kind]} {part.form.format(part.least).lstrip('+')} · {result.verdict}"
-                 for part, result in zip(claim.parts, results)]
+        lines = []
+        for part, result in zip(claim.parts, results):
+            low, high, least = (part.form.format(value) for value in (result.low, result.high, part.least))
+            lines.append(f"{part.says}: {over_seeds(result.values, part.form)} [{low}, {high}] · {SIGNS[part.kind]} "
+                         f"{least.lstrip('+')} · {result.verdict}")
         held = sum(result.verdict == "holds" for result in results)
         rows.append([f"**{name}**", claim.says, claim.paper, "<br>".join(lines),
                      f"**{verdicts[name]}** ({held} of {len(results)} parts hold)"])
@@ -877,7 +916,7 @@ def figure_data(figure, measured, names):
     left.set(xscale="log", xlabel="share of the pairs, %", ylabel="accuracy, %")
     left.legend(fontsize=8)
     for i, name in enumerate(("osp", "rlhf")):
-        draw_bars(right, measured, [name + "-0.02", name + "-0.1", name], colour=COLOURS[i], shift=0.4 * i - 0.2, width=0.35, label=name)
+        draw_bars(right, measured, [name + "-0.02", name + "-0.1", name], "prompts_reward", COLOURS[i], 0.4 * i - 0.2, 0.35, name)
     right.set_xticks([0, 1, 2], ["2 %", "10 %", "100 %"], rotation=0, ha="center")
     right.set(ylabel="true reward", xlabel="share of the pairs")
     right.legend(fontsize=8)
@@ -930,7 +969,8 @@ def figure_recipes(figure, measured, names):
             other.tick_params(labelsize=7, colors=COLOURS[1])
 
 
-ABLATIONS = {"loss": ["osp", "osp-ipo", "osp-dpo", "sr-spce"], "pairing": ["osp", "random-pairs", "self-rewarding", "raft", "spin"],
+ABLATIONS = {"loss": ["osp", "osp-ipo", "osp-dpo", "sr-spce"],
+             "pairing": ["osp", "random-pairs", "self-rewarding", "raft", "spin"],
              "sampling": ["osp", "sft-sampling", "rso", "offline-soft"]}
 SR = [name for loss in BOTH for name in (loss, sr(loss))]
 FIGURES = {                                          # file: (what draws it, inches, the runs that it is given)
@@ -944,8 +984,9 @@ FIGURES = {                                          # file: (what draws it, inc
     "k": (figure_k, (5, 3.5), ["judge", "osp-k3", "osp", "osp-k15"]),
     "domains": (figure_domains, (9, 3.5), ["sft", "dpo", "ipo", "rlhf", "osp"]),
     "rlhf": (figure_rlhf, (10, 3), ["rlhf", "rlhf-0.02"]),
-    "recipes": (figure_recipes, (12, 12), ["sft", "judge", *SR, "offline-soft", "osp", "osp-dpo", "osp-ipo", "sr-spce", "random-pairs",
-                                           "self-rewarding", "raft", "spin", "sft-sampling", "rso", "reward", "rlhf"])}
+    "recipes": (figure_recipes, (12, 12), [
+        "sft", "judge", *SR, "offline-soft", "osp", "osp-dpo", "osp-ipo", "sr-spce", "random-pairs", "self-rewarding", "raft",
+        "spin", "sft-sampling", "rso", "reward", "rlhf"])}
 
 
 def drawing():
@@ -962,7 +1003,7 @@ def draw(path, inches, figure_of, *arguments):
     figure = drawing()(inches, layout="constrained")
     figure_of(figure, *arguments)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def draw_figures(folder, measured):
@@ -991,10 +1032,10 @@ def load_measured(names, settings):
 WEIGHING = f"""\
 Each claim rests on a few differences between runs. The difference that would matter stood in `CLAIMS` before the runs were made.
 The interval is a paired bootstrap ({DRAWS} draws) over seeds and, within each, over prompts or pairs. "≥ d" holds where the
-interval is above 0 and the mean reaches d, and does not where the interval is below d: what is surely there but smaller than d does
-not count. "> −d" (keeps) holds where the interval is above −d, and does not where it is below 0 and the mean below −d. "Within ± d"
-(alike) holds where the interval is, and does not where it leaves out 0 and the mean is beyond d. Else nobody can tell. A claim holds
-where all its parts do. Rewards are the true ones, from −1 to 1.
+interval is above 0 and the mean reaches d, and does not where the interval is below d: what is surely there but smaller than d
+does not count. "> −d" (keeps) holds where the interval is above −d, and does not where it is below 0 and the mean below −d.
+"Within ± d" (alike) holds where the interval is, and does not where it leaves out 0 and the mean is beyond d. Else nobody can
+tell. A claim holds where all its parts do, and does not where one does not. Rewards are the true ones, from −1 to 1.
 """
 CONTROLS = """\
 `sr-dpo-naive` has an empty p, so that Δπ is βh: DPO at β(1 − λ), its gradient divided by 1 − λ (paper 1, eq. 10).
@@ -1011,8 +1052,8 @@ def report(measured, settings, drawn):
                for seed in settings.seeds for name in measured[0] if name not in ("world", "work")}
     text = ["# Results", "",
             f"`python reproduce.py{' --quick' if settings.quick else ''}` at commit {', '.join(sorted(commits))}: seeds "
-            f"{', '.join(map(str, settings.seeds))} of the embedded world, {settings.prompts} held-out prompts with two samples each "
-            f"(temperature 0.7, top_p 0.9), a Llama of 0.9 M parameters.", ""]
+            f"{', '.join(map(str, settings.seeds))} of the embedded world, {settings.prompts} held-out prompts with two samples "
+            f"each (temperature 0.7, top_p 0.9), a Llama of 0.9 M parameters.", ""]
     if settings.quick:
         text += ["**A tenth of the steps: this shows that everything works, and says nothing about the papers.**", ""]
     text += ["## Claims", "", WEIGHING,
@@ -1020,8 +1061,8 @@ def report(measured, settings, drawn):
              table(["", "the paper's claim", "its figures", "here: mean ± deviation over the seeds [95 % interval] · what would "
                     "matter · verdict", "verdict"], rows), ""]
     if settings.whole:
-        text += ["What differs here from the papers, and what was tried:", "", *(f"- **{name}**: {said}" for name, said in NOTES.items()),
-                 ""]
+        text += ["What differs here from the papers, and what was tried:", "",
+                 *(f"- **{name}**: {said}" for name, said in NOTES.items()), ""]
     text += ["## Systems", "", f"For scale: {'; '.join(f'{says} {value}' for says, value in landmark_rows(measured))}.", "",
              "Wins are over `sft`, ties half. The second domain is in no data but the base model's. KL in nats a response.", "",
              table(["run", "true reward", "wins, %", "second domain", "tokens", "KL to its start"], system_rows(measured)), ""]
@@ -1031,7 +1072,8 @@ def report(measured, settings, drawn):
         best = over_seeds([100 * (m["sft"]["gap"] > 0).mean() for m in measured], "{:.1f}")
         text += ["## Judge and reward model", "", "Accuracy in % on held-out pairs, by the share of the preference data: by the "
                  f"noisy labels, of which the true reward itself gets {best}, and by the true reward.", "",
-                 table(["data, %", "judge: labels", "true reward", "reward model: labels", "true reward"], judge_rows(measured)), ""]
+                 table(["data, %", "judge: labels", "true reward", "reward model: labels", "true reward"],
+                       judge_rows(measured)), ""]
     if margin_rows(measured):
         text += ["## Margins on held-out pairs", "", table(["run", "h", "refined", "accuracy, %", "augmented accuracy, %",
                                                             "Pearson", "Spearman", "Kendall"], margin_rows(measured)), ""]
@@ -1040,8 +1082,8 @@ def report(measured, settings, drawn):
                                      reward_rows(measured)), ""]
     text += ["## Figures", "", *(f"**{says}.**\n\n![{says}](figures/{name})\n" for name, says in drawn.items())] if drawn else []
     if "work" in measured[0]:
-        text += ["## Time", "", "An update over DPO's: multiplications and additions, and seconds (medians of rounds in turn; other "
-                 "runs went on beside them, so these alone differ from one time to the next).", "",
+        text += ["## Time", "", "An update over DPO's: multiplications and additions, and seconds (medians of rounds in turn; "
+                 "other runs went on beside them, so these alone differ from one time to the next).", "",
                  table(["", "arithmetic", "seconds"], work_rows(measured)), ""]
     return "\n".join(text).rstrip() + "\n"
 
@@ -1147,8 +1189,9 @@ def write_hh(folder, settings):
     asked = dict(data=settings.data, seed=settings.seed, quick=settings.quick, width=settings.width, layers=settings.layers)
     made = cli.read_json(folder / "world.json", absent={})
     if made and made != asked:
-        raise InputError(f"{folder} was made with other settings ({', '.join(key for key in asked if made.get(key) != asked[key])} "
-                         f"differ); use another --out_dir, or delete that folder.")
+        changed = [key for key in asked if made.get(key) != asked[key]]
+        raise InputError(f"{folder} was made with other settings ({', '.join(changed)} differ); use another --out_dir, or delete "
+                         f"that folder.")
     if made:
         return
     rows, reports = data.read_data(settings.data, "ordered pairs", settings.seed)
@@ -1162,7 +1205,8 @@ def write_hh(folder, settings):
     toy.write_rows(folder / "texts.jsonl", [{"text": text} for text in texts])
     for name, part in (("pairs", rows[:HH_PAIRS]), ("eval_pairs", held_out)):
         print(f"{name}: {len(part):,} rows")
-        toy.write_rows(folder / f"{name}.jsonl", [dict(prompt=row.prompt, chosen=row.chosen, rejected=row.rejected) for row in part])
+        toy.write_rows(folder / f"{name}.jsonl",
+                       [dict(prompt=row.prompt, chosen=row.chosen, rejected=row.rejected) for row in part])
     width, layers = (32, 1) if settings.quick else (settings.width, settings.layers)
     shape = dict(hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers, num_attention_heads=width // 32,
                  max_position_embeddings=256, vocab_size=640 if settings.quick else 4096)
@@ -1219,16 +1263,17 @@ def hh_report(out, settings):
         def accuracy(values, sign=""):
             return f"{100 * values.mean():{sign}.1f} ± {196 * values.std() / math.sqrt(len(values)):.1f}"
         difference = ends["accuracy"].astype(float) - plain["accuracy"]
-        rows.append([f"`{name}`", f"{ends['margin'].mean():.2f}", f"{ends['refined_margin'].mean():.2f}", accuracy(ends["accuracy"]),
-                     accuracy(difference, "+") if more.get("lam") else "", accuracy(ends["augmented_accuracy"])])
+        rows.append([f"`{name}`", f"{ends['margin'].mean():.2f}", f"{ends['refined_margin'].mean():.2f}",
+                     accuracy(ends["accuracy"]), accuracy(difference, "+") if more.get("lam") else "",
+                     accuracy(ends["augmented_accuracy"])])
+    commit, files = cli.read_json(out / "dpo" / "config.json").get("commit"), ", ".join(Path(file).name for file in settings.data)
     weights = sum(weight.numel() for weight in model.blank(out / "base" / "final", torch.float32, False).parameters())
     return "\n".join([
         "# Results on real preferences", "",
-        f"`python reproduce.py hh` at commit {cli.read_json(out / 'dpo' / 'config.json').get('commit')}, seed {settings.seed}, on "
-        f"{', '.join(Path(file).name for file in settings.data)}: {len(ends['margin'])} held-out pairs, accuracies in % with ± 95 %. "
-        f"A Llama of {weights / 1e6:.1f} million parameters (width {config.width}, {config.layers} layers), from scratch: base on the "
-        f"text of the training pairs, half of it rated behind p (100 for chosen, 1 for rejected responses), SFT on the chosen "
-        f"ones, then each system with λ in its name.", "",
+        f"`python reproduce.py hh` at commit {commit}, seed {settings.seed}, on {files}: {len(ends['margin'])} held-out pairs, "
+        f"accuracies in % with ± 95 %. A Llama of {weights / 1e6:.1f} million parameters (width {config.width}, {config.layers} "
+        f"layers), from scratch: base on the text of the training pairs, half of it rated behind p (100 for chosen, 1 for rejected "
+        f"responses), SFT on the chosen ones, then each system with λ in its name.", "",
         table(["system", "h", "refined margin", "accuracy", "… less dpo's or ipo's", "augmented accuracy"], rows), "",
         "![margins and accuracies over the steps](figures/hh.png)"]) + "\n"
 
