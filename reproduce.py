@@ -618,6 +618,9 @@ CLAIMS = {claim.name: claim for claim in [
 
 # Written when the runs of RESULTS.md were done, and shown with them.
 NOTES = {
+    "all": "S3, S5 and O7's part about SPIN got the words they have now while the runs went on, before a result of theirs "
+          "was looked at; the runs `…-fast`, `osp-0.1` and `rlhf-0.1` were added when the others were done. Seed 0, on "
+          "which settings were found, is in no figure.",
     "S1": "h rises with λ, as the printed minus sign lets one expect: a pair with Δπ > 0 is pushed harder. What falls is "
           "the refined margin (see Margins). Accuracy keeps.",
     "S2": "behind p both are 4 points below what they are without it. In other words than the base model has read (`sr-dpo-"
@@ -631,9 +634,9 @@ NOTES = {
           " more behind it. On HH-RLHF's pairs the README measures +50 %, and +32 % where the reference is cached.",
     "S6": "DPO does overfit: 0.684, 0.733 and 0.669 with 800, 1,600 and 3,200 tuples; but the difference that was written "
           "down is that of the two ends. Sr-DPO falls further; both IPOs are flat.",
-    "O1": "whether OSP or RLHF is ahead depends on the seed. DPO and IPO are the best systems here: their pairs are as good"
-          " as what can be sampled, and five of six labels are right. Tried on seed 0: 3e-4 instead of 1e-4 gave OSP 0.43, "
-          "RLHF 0.54, IPO 0.58, DPO 0.16, against 0.52, 0.62, 0.65, 0.58.",
+    "O1": "whether OSP or RLHF is ahead depends on the seed. DPO and IPO are the best systems here: the chosen responses of"
+          " their pairs are worth 0.45, the samples that OSP begins with 0.09, and five of six labels are right. Tried on "
+          "seed 0: 3e-4 instead of 1e-4 gave OSP 0.43, RLHF 0.54, IPO 0.58, DPO 0.16, against 0.52, 0.62, 0.65, 0.58.",
     "O2": "2 % are 160 pairs here, 1,525 in the paper. With 10 %, 800 pairs, OSP comes to 0.339 and RLHF to 0.432. Tried on"
           " seed 0: five times the steps of augmentation at 2 % (a judge 65.6 % right instead of 64.8 %); OSP then came to "
           "0.035.",
@@ -649,8 +652,8 @@ NOTES = {
     "O7": "pairing at random is as good as ranked. RAFT, the likelihood of its own best samples, collapses on some seeds. "
           "SPIN's true reward goes to the data's (−0.096; the data −0.092), and the likelihood of the data falls, as that "
           "of chosen responses does under all these losses.",
-    "O8": "fresh samples beat the SFT policy's by 0.2. Where the judge labels the data set's own pairs (offline-soft) it "
-          "does as well: those pairs are as good as what can be sampled.",
+    "O8": "fresh samples beat the SFT policy's by 0.2. With the data set's own pairs, labelled by the judge (offline-soft),"
+          " it does as well: their chosen responses are worth 0.45.",
 }
 
 
@@ -1048,7 +1051,7 @@ def report(measured, settings, drawn):
     """RESULTS.md: a pure function of the measurements, but for the commit and the seconds that it names."""
     rows, verdicts = claim_rows(settings.claims, measured)
     count = {word: list(verdicts.values()).count(word) for word in ("holds", "does not hold", "cannot tell")}
-    commits = {str(cli.read_json(Path(settings.out_dir) / f"seed{seed}" / name / "config.json", absent={}).get("commit"))
+    commits = {str(cli.read_json(Path(settings.out_dir) / f"seed{seed}" / name / "config.json", absent={}).get("commit"))[:12]
                for seed in settings.seeds for name in measured[0] if name not in ("world", "work")}
     text = ["# Results", "",
             f"`python reproduce.py{' --quick' if settings.quick else ''}` at commit {', '.join(sorted(commits))}: seeds "
@@ -1094,8 +1097,8 @@ def main(settings):
     drawing()
     names = settings.names()
     budget = len(settings.seeds) * sum(seconds_of(name, settings.scale) for name in names)
-    print(f"{', '.join(settings.claims)}: {len(names)} runs for each of {len(settings.seeds)} seeds, {settings.workers} at a time: "
-          f"about {cli.duration(budget / settings.workers)} on quiet cores.\n{', '.join(names)}\nWhat is finished in {out} is not "
+    print(f"{', '.join(settings.claims)}: {len(names)} runs for each of {len(settings.seeds)} seeds, {settings.workers} at a "
+          f"time: about {cli.duration(budget / settings.workers)} on quiet cores.\n{', '.join(names)}\nWhat is finished in {out} is not "
           f"run again.\n", flush=True)
     carry_out({f"seed {seed}, {name}": ([f"seed {seed}, {other}" for other in RUNS[name].needs], (name, seed, settings))
                for name in names for seed in settings.seeds}, work_on, settings.workers)
@@ -1266,7 +1269,8 @@ def hh_report(out, settings):
         rows.append([f"`{name}`", f"{ends['margin'].mean():.2f}", f"{ends['refined_margin'].mean():.2f}",
                      accuracy(ends["accuracy"]), accuracy(difference, "+") if more.get("lam") else "",
                      accuracy(ends["augmented_accuracy"])])
-    commit, files = cli.read_json(out / "dpo" / "config.json").get("commit"), ", ".join(Path(file).name for file in settings.data)
+    commit = str(cli.read_json(out / "dpo" / "config.json").get("commit"))[:12]
+    files = ", ".join(Path(file).name for file in settings.data)
     weights = sum(weight.numel() for weight in model.blank(out / "base" / "final", torch.float32, False).parameters())
     return "\n".join([
         "# Results on real preferences", "",
