@@ -1,7 +1,7 @@
 # make run     install what is needed into .venv and run the default job: the whole path on the embedded world
 # make test    install the development extra too and run the tests
 # make slow    the tests that take minutes
-# make reproduce   the claims of the papers on the embedded world, a tenth of the steps; ARGS=--quick=false: all of them
+# make reproduce   the claims of the papers on the embedded world, a tenth of the steps
 # make bench   Osprey beside TRL and transformers, in an environment of its own
 # ARGS="--seed=1 --out_dir=out/seed1" is passed on.
 
@@ -28,7 +28,7 @@ slow: .venv/test
 	touch $@
 
 reproduce: .venv/plot
-	.venv/bin/python reproduce.py $(or $(ARGS),--quick)
+	.venv/bin/python reproduce.py --quick $(ARGS)
 
 .venv/plot: .venv/run
 	.venv/bin/python -m pip install --quiet --editable ".[plot]"
