@@ -870,8 +870,8 @@ def draw_bars(axes, measured, names, key="prompts_reward", colour=COLOURS[0], sh
 
 
 def figure_margins(figure, measured, names):
-    """Margins and accuracies over the steps (paper 1, Figure 1); dpo and ipo look at nothing behind p, and the IPO lines lie on one
-    another"""
+    """Margins and accuracies over the steps (paper 1, Figure 1); dpo and ipo look at nothing behind p, and the IPO lines
+    lie on one another"""
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, (
             ("curve_margin", "margin h"), ("curve_refined_margin", "refined margin (of dpo, ipo: h)"),
             ("curve_accuracy", "accuracy"), ("curve_augmented_accuracy", "augmented accuracy"))):
@@ -1077,9 +1077,10 @@ def report(measured, settings, drawn):
     commits = {str(cli.read_json(Path(settings.out_dir) / f"seed{seed}" / name / "config.json", absent={}).get("commit"))[:12]
                for seed in settings.seeds for name in measured[0] if name not in ("world", "work")}
     text = ["# Results", "",
-            f"`python reproduce.py{' --quick' if settings.quick else ''}`, trained at commit {', '.join(sorted(commits))}, reported "
-            f"at {str(checkpoint.commit())[:12]}: seeds {', '.join(map(str, settings.seeds))} of the embedded world, "
-            f"{settings.prompts} held-out prompts with two samples each (temperature 0.7, top_p 0.9), a Llama of 0.9 M parameters.", ""]
+            f"`python reproduce.py{' --quick' if settings.quick else ''}`, trained at commit {', '.join(sorted(commits))}, "
+            f"reported at {str(checkpoint.commit())[:12]}: seeds {', '.join(map(str, settings.seeds))} of the embedded world, "
+            f"{settings.prompts} held-out prompts with two samples each (temperature 0.7, top_p 0.9), "
+            f"a Llama of 0.9 M parameters.", ""]
     if settings.quick:
         text += ["**A tenth of the steps: this shows that everything works, and says nothing about the papers.**", ""]
     text += ["## Claims", "", WEIGHING,
@@ -1108,8 +1109,8 @@ def report(measured, settings, drawn):
         text += ["## PPO", "", table(["run", "domain", "learned reward: sft", "after PPO", "true reward: sft", "after PPO"],
                                      reward_rows(measured)), ""]
     if drawn:
-        text += ["## Figures", "", "Lines and bars are means over the seeds, bands and whiskers ± one standard deviation; curves over "
-                 "steps are of training batches, smoothed over 9 steps.", ""]
+        text += ["## Figures", "", "Lines and bars are means over the seeds, bands and whiskers ± one standard deviation; curves "
+                 "over steps are of training batches, smoothed over 9 steps.", ""]
         text += [f"**{says}.**\n\n![{says}](figures/{name})\n" for name, says in drawn.items()]
     if "work" in measured[0]:
         text += ["## Time", "", "An update over DPO's: multiplications and additions, and seconds (medians of rounds in turn; "
@@ -1125,8 +1126,8 @@ def main(settings):
     names = settings.names()
     budget = len(settings.seeds) * sum(seconds_of(name, settings.scale) for name in names)
     print(f"{', '.join(settings.claims)}: {len(names)} runs for each of {len(settings.seeds)} seeds, {settings.workers} at a "
-          f"time: about {cli.duration(budget / settings.workers)} on quiet cores.\n{', '.join(names)}\nWhat is finished in {out} is not "
-          f"run again.\n", flush=True)
+          f"time: about {cli.duration(budget / settings.workers)} on quiet cores.\n{', '.join(names)}\nWhat is finished in {out} is "
+          f"not run again.\n", flush=True)
     carry_out({f"seed {seed}, {name}": ([f"seed {seed}, {other}" for other in RUNS[name].needs], (name, seed, settings))
                for name in names for seed in settings.seeds}, work_on, settings.workers)
     measured = load_measured(names, settings)
