@@ -711,9 +711,22 @@ def test_two_ranks_follow_one(name, done):
     assert_same_run(done(name, 1), done(name, 2), 1e-10)
     rows = metrics(done(name, 1))
     assert all(row["skipped"] == 0 for row in rows) and (rows[0]["loss"] != rows[1]["loss"]) == (name != "spin")
-    lines = [sorted((row["step"], *texts([row])[0], round(row["p"], 5)) for file in done(name, ranks).glob("rollouts*.jsonl")
+    lines = [sorted(json.dumps(row | {"p": round(row.get("p", 1.0), 5)}) for file in done(name, ranks).glob("rollouts*.jsonl")
                     for row in map(json.loads, file.read_text().splitlines())) for ranks in (1, 2)]
-    assert lines[0] == lines[1] and bool(lines[0]) == (RUNS[name]["recipe"] not in ("raft", "spin", "offline-soft"))
+    assert lines[0] == lines[1] and bool(lines[0]) == (RUNS[name]["recipe"] != "offline-soft")
+
+
+@pytest.mark.parametrize("name, need", [("raft", "responses"), ("spin", "pairs")])
+def test_rollouts_without_judged_pairs_can_be_replayed(name, need, done):
+    """RAFT's best response to each prompt, SPIN's samples against the data set's: rows that an offline recipe reads."""
+    place = done(name, 1)
+    rows, report = data.read_rows(place / "rollouts.jsonl", need)
+    written = rollouts(place)
+    assert len(rows) == len(written) and not report.skipped and {row["step"] for row in written} == {
+        row["step"] for row in metrics(place)}
+    for row, raw in zip(rows, written):
+        assert [row.chosen, row.rejected] == ([raw["response"], None] if name == "raft" else [raw["chosen"], raw["rejected"]])
+        assert row.finished == tuple(raw["finished"])
 
 
 def test_spin_on_two_ranks(done):
