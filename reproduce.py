@@ -203,7 +203,7 @@ def data_logprobs(net, tokenizer, world):
     return (found / torch.tensor([len(pair.chosen) for pair in pairs])).numpy()
 
 
-CURVES = "loss margin refined_margin accuracy augmented_accuracy kl response_length reward".split()
+CURVES = "loss margin refined_margin accuracy augmented_accuracy kl reward".split()
 
 
 def curves(out, recipe):
@@ -358,15 +358,23 @@ def described(name, seed, settings):
     return json.loads(json.dumps(about))
 
 
+def is_there(path, about):
+    """Whether a file says that its folder holds what is asked for; InputError where it says something else."""
+    held = cli.read_json(path, absent={})
+    changed = [key for key in about if held and held.get(key) != about[key]]
+    if changed:
+        raise InputError(f"{path.parent} holds another run ({', '.join(changed)} differ); use another --out_dir, or delete that "
+                         f"folder.")
+    return bool(held)
+
+
 def carry(place, about, make):
     """make() -> {name: array}, once: in place/measured.npz, beside what it is `about`, with what it prints in log.txt.
 
     Returns the seconds that it took, 0 where it was there already; InputError where the folder holds something else.
     """
-    started, held = time.time(), cli.read_json(place / "run.json", absent={})
-    if held and held != about:
-        changed = [key for key in about if held.get(key) != about[key]]
-        raise InputError(f"{place} holds another run ({', '.join(changed)} differ); use another --out_dir, or delete that folder.")
+    started = time.time()
+    is_there(place / "run.json", about)
     if (place / "measured.npz").exists():
         return 0.0
     place.mkdir(parents=True, exist_ok=True)
@@ -385,10 +393,10 @@ def carry(place, about, make):
 def work_on(name, seed, settings):
     """One run and its measurement; what is already there is kept. Returns the seconds it took, 0 for none."""
     folder = Path(settings.out_dir) / f"seed{seed}"
-    return carry(folder / name, described(name, seed, settings), lambda: result(name, seed, folder, settings))
+    return carry(folder / name, described(name, seed, settings), lambda: run_and_measure(name, seed, folder, settings))
 
 
-def result(name, seed, folder, settings):
+def run_and_measure(name, seed, folder, settings):
     """Carry out a run, from where it stopped, and measure it: {name: array}."""
     if name == "world":
         toy.write_world(folder / name, "llama", seed)
@@ -895,7 +903,7 @@ def figure_lambda(figure, measured, names):
 def figure_tuples(figure, measured, names):
     """True reward against the number of training tuples"""
     axes = figure.subplots()
-    for i, name in enumerate(names):
+    for i, name in enumerate(SR):
         draw_scores(axes, measured, TUPLES, [*(f"{name}-{n}" for n in TUPLES[:-1]), name], name, COLOURS[i])
     draw_start(axes, measured, "sft")
     axes.set(xlabel="training tuples, one epoch", ylabel="true reward")
@@ -1002,7 +1010,7 @@ SR = [name for loss in BOTH for name in (loss, sr(loss))]
 FIGURES = {                                          # file: (what draws it, inches, the runs that it is given)
     "margins": (figure_margins, (9, 6), ["dpo", sr("dpo"), sr("dpo", 1.0), "ipo", sr("ipo"), sr("ipo", 1.0)]),
     "lambda": (figure_lambda, (5, 3.5), [*BOTH, *(sr(loss, lam) for loss in BOTH for lam in LAMBDAS)]),
-    "tuples": (figure_tuples, (5, 3.5), SR),
+    "tuples": (figure_tuples, (5, 3.5), [*SR, *(f"{name}-{n}" for name in SR for n in TUPLES[:-1])]),
     "online": (figure_online, (9, 3.5), ["osp", "osp-ipo", "osp-dpo"]),
     "ablations": (figure_ablations, (10, 4), ["judge", *dict.fromkeys(name for some in ABLATIONS.values() for name in some)]),
     "data": (figure_data, (9, 3.5), [run + tail(fraction) for run in ("judge", "reward") for fraction in FRACTIONS] +
@@ -1036,8 +1044,7 @@ def draw_figures(folder, measured):
     """PNG files in a folder; returns {file name: what it shows} of the figures whose runs are all there."""
     drawn = {}
     for name, (figure_of, inches, names) in FIGURES.items():
-        others = [f"{run}-{n}" for run in names for n in TUPLES[:-1]] if name == "tuples" else []
-        if all(run in measured[0] for run in [*names, *others]):
+        if all(run in measured[0] for run in names):
             draw(folder / f"{name}.png", inches, figure_of, measured, names)
             drawn[f"{name}.png"] = " ".join(figure_of.__doc__.split())
     return drawn
@@ -1143,7 +1150,7 @@ def main(settings):
 # Real preferences: a small model from scratch on the text of HH-RLHF pairs, SFT on the chosen ones, then paper 1's systems
 
 HH_PAIRS, HH_TEXTS, HH_HELD_OUT = 6144, 12800, 400         # at most, however large the files are
-# Found by trial on dpo alone, with seed 0; ipo and all Sr-* take dpo's. β, the optimizer, λ and the form of Sr-IPO are the
+# Found by trial on dpo alone, with seed 0 and half of the pairs, its held-out ones in view; ipo and all Sr-* take dpo's. β, the optimizer, λ and the form of Sr-IPO are the
 # paper's; its learning rate is for a model two thousand times larger. One pass over the pairs, like the paper's: in a second
 # one DPO knows them by heart (margins of 17), and held-out ones no better.
 HH_LENGTHS = dict(max_length=128, max_prompt_length=40)
@@ -1218,12 +1225,7 @@ def base_texts(rows, seed):
 def write_hh(folder, settings):
     """folder/*.jsonl, the untrained folder/model, and at the end what they were made from, world.json."""
     asked = dict(data=settings.data, seed=settings.seed, quick=settings.quick, width=settings.width, layers=settings.layers)
-    made = cli.read_json(folder / "world.json", absent={})
-    if made and made != asked:
-        changed = [key for key in asked if made.get(key) != asked[key]]
-        raise InputError(f"{folder} was made with other settings ({', '.join(changed)} differ); use another --out_dir, or delete "
-                         f"that folder.")
-    if made:
+    if is_there(folder / "world.json", asked):
         return
     rows, reports = data.read_data(settings.data, "ordered pairs", settings.seed)
     for part in reports:

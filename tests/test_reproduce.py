@@ -13,6 +13,7 @@ import pytest
 
 import reproduce
 import rlhf
+import tiny
 import toy
 import train
 from cli import InputError
@@ -182,11 +183,7 @@ def test_curves_are_the_rewards_of_the_rollouts(tmp_path):
 @pytest.fixture
 def miniature(monkeypatch):
     """A small world of small models, in this process."""
-    monkeypatch.setattr(toy, "ROWS", dict(texts=64, sft=64, pairs=64, blanks=16, held_out=24, advice=4, eval=16))
-    monkeypatch.setattr(toy, "SHAPE", toy.SHAPE | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1))
-    for stage in toy.STAGES.values():
-        monkeypatch.setitem(stage, "steps", 3)
-        monkeypatch.setitem(stage, "batch_size", 8)
+    tiny.small_world(monkeypatch, steps=3)
     monkeypatch.setattr(reproduce, "DRAWS", 50)
 
 
@@ -374,7 +371,7 @@ def test_hh_in_miniature(dialogues, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     reproduce.hh(settings)
     assert text in capsys.readouterr().out and (tmp_path / "out/hh-quick/RESULTS-hh.md").read_text() == text
-    with pytest.raises(InputError, match="world was made with other settings .seed differ"):
+    with pytest.raises(InputError, match="world holds another run .seed differ"):
         reproduce.hh(reproduce.HHSettings(data=[str(dialogues)], quick=True, workers=1, seed=5))
 
 

@@ -6,6 +6,7 @@ import pytest
 import transformers
 
 import data
+import tiny
 import toy
 import train
 from cli import InputError
@@ -76,11 +77,7 @@ def test_tokenizers_of_the_world(family, tmp_path):
 @pytest.fixture
 def miniature(monkeypatch):
     """The job with a small model, few rows and two steps a stage."""
-    monkeypatch.setattr(toy, "ROWS", dict(texts=64, sft=64, pairs=64, blanks=16, held_out=24, advice=4, eval=16))
-    monkeypatch.setattr(toy, "SHAPE", toy.SHAPE | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1))
-    for stage in toy.STAGES.values():
-        monkeypatch.setitem(stage, "steps", 2)
-        monkeypatch.setitem(stage, "batch_size", 8)
+    tiny.small_world(monkeypatch, steps=2)
 
 
 @pytest.mark.parametrize("family", ["llama", "neox"])

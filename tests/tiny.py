@@ -27,6 +27,7 @@ import cli
 import data
 import judge
 import model
+import toy
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -204,3 +205,12 @@ def stopped_before(step, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train.Trainer, "update", stop)
         yield
+
+
+def small_world(monkeypatch, steps):
+    """The embedded world with few rows, a small model and so many steps a stage."""
+    monkeypatch.setattr(toy, "ROWS", dict(texts=64, sft=64, pairs=64, blanks=16, held_out=24, advice=4, eval=16))
+    monkeypatch.setattr(toy, "SHAPE", toy.SHAPE | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1))
+    for stage in toy.STAGES.values():
+        monkeypatch.setitem(stage, "steps", steps)
+        monkeypatch.setitem(stage, "batch_size", 8)
