@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import cli
 import data
 import losses
 import model
-from cli import InputError
-from sample import load_model, pick_device
+from sample import load_model
+from support import cli
+from support.cli import InputError
+from support.ranks import pick_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The instruction

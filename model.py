@@ -26,13 +26,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from cli import InputError, read_json
+from forest import Cache, ForestAttention
+from support.cli import InputError, read_json
+from support.hf import BUFFERS, DTYPES, SHARD_BYTES, open_weights, read_header, weight_files
 
 # ---------------------------------------------------------------------------------------------------------------------
 # config.json
@@ -469,156 +470,6 @@ def merged(net, whole=lambda tensor: tensor):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Attention over a forest, and the cache
-
-QUERY_BLOCK = 256      # tokens a block; measured on 2 cores: 128 to 512 differ little, one block for all is 2-5x slower
-
-
-class ForestAttention:
-    """softmax(q kᵀ / √E) v with the mask j <= i < end[j] (and depth[i] - depth[j] < window), block by block.
-
-    In depth-first order the tokens seen by a block of consecutive queries are the block itself and those before it
-    whose subtree reaches into it. Keys that no query of the block can see are thus never multiplied, and what is left
-    of the mask is one comparison.
-    """
-
-    def __init__(self, depth, end, window, device, cache=None, past=None):
-        self.cache, self.grows, self.device, self.masks = cache, past is not None, device, None
-        index, keys, self.seen = torch.arange(len(end)), [], []
-        branch, past_depth, past_end = past or (None, None, index[:0])
-        known = len(past_end)
-        for start in range(0, len(end), QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, len(end))
-            reach = end[:start] > start
-            if window is not None:
-                reach &= depth[start:stop].min() - depth[:start] < window
-            block = torch.cat((index[:start][reach], index[start:stop]))
-            query = index[start:stop, None]
-            seen = (block <= query) & (query < end[block])
-            if window is not None:
-                seen &= depth[start:stop, None] - depth[block] < window
-            block += known
-            if past is not None:           # the same comparison, from where a token's branch leaves the past
-                query = branch[start:stop, None]
-                before = (torch.arange(known) <= query) & (query < past_end)
-                if window is not None:
-                    before &= depth[start:stop, None] - past_depth < window
-                reach = before.any(0)
-                block, seen = torch.cat((reach.nonzero()[:, 0], block)), torch.cat((before[:, reach], seen), 1)
-            keys.append(block)
-            self.seen.append(seen)
-        self.sizes = [len(block) for block in keys]
-        self.keys = torch.cat(keys).to(device)
-
-    def __call__(self, layer, q, k, v):
-        """q (1, H, N, E), k and v (1, G, N, E) -> (1, H, N, E)."""
-        if self.grows:
-            k, v = (torch.cat((kept[None], ours), 2) for kept, ours in zip(self.cache.prompt[layer], (k, v)))
-        elif self.cache is not None:
-            self.cache.record(layer, k, v)
-        if self.masks is None:      # one for all layers; added, because that is faster here than a boolean mask
-            self.masks = [torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -math.inf).to(self.device)
-                          for seen in self.seen]
-        if len(self.masks) > 1 or self.grows:
-            # One gather for all blocks and one split: a slice a block would fill a gradient of all N tokens each time.
-            _, G, N, E = k.shape
-            rows = torch.cat((k, v), 1)[0].transpose(0, 1).reshape(N, -1)
-            k, v = F.embedding(self.keys, rows).view(1, -1, 2 * G, E).transpose(1, 2).chunk(2, 1)
-        blocks = zip(q.split(QUERY_BLOCK, 2), k.split(self.sizes, 2), v.split(self.sizes, 2), self.masks)
-        return torch.cat([F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-                          for q, k, v, mask in blocks], 2)
-
-
-class Cache:
-    """Keys and values of P prompts, each shown to all of its rows, and of the rows' own tokens.
-
-    One forward over the prompts' forest records it; open() fans it out; then each forward takes one token a row.
-    """
-
-    def __init__(self, config):
-        self.config = config
-        self.prompt = [None] * config.layers       # the forest's (k, v), each (G, N, E); after open() (P, G, longest, E)
-        self.own = None                            # per layer (k, v), each (R, G, max_tokens, E)
-        self.is_open = False
-
-    def record(self, layer, k, v):
-        self.prompt[layer] = (k[0], v[0])
-
-    def open(self, paths, k, max_tokens):
-        """Show prompt i, whose tokens lie at paths[i] in the forest, to `k` rows, with room for max_tokens each."""
-        keys = self.prompt[0][0]
-        device = keys.device
-        lengths = torch.tensor([len(path) for path in paths], device=device)
-        index = nn.utils.rnn.pad_sequence(paths, batch_first=True).to(device)    # (P, longest)
-        self.prompt = [tuple(part[:, index].transpose(0, 1).contiguous() for part in pair) for pair in self.prompt]
-        P, G, longest, E = self.prompt[0][0].shape
-        self.own = [tuple(keys.new_empty(P * k, G, max_tokens, E) for _ in range(2)) for _ in self.prompt]
-        self.seat(torch.arange(P).repeat_interleave(k), torch.full((P,), k), device)
-        self.length = lengths.repeat_interleave(k)                               # (R,) tokens of its prompt
-        self.step, self.is_open = 0, True
-
-    def seat(self, owner, counts, device):
-        """Note the prompt of each row, `owner` (R,), and how many rows each prompt has, `counts` (P,): kept on the CPU too,
-        so that nobody has to ask the device."""
-        slot = torch.arange(len(owner)) - (torch.cumsum(counts, 0) - counts)[owner]        # a row's place at its prompt
-        self.owner, self.slots = owner, int(counts.max())
-        self.seats = owner.to(device, non_blocking=True), slot.to(device, non_blocking=True)
-
-    def keep(self, rows):
-        """Go on with these rows only: `rows` (R',) ascending indices on the CPU, at least one. Prompts without one leave."""
-        device = self.length.device
-        prompts, owner, counts = torch.unique(self.owner[rows], return_inverse=True, return_counts=True)
-        self.seat(owner, counts, device)
-        prompts, rows = prompts.to(device, non_blocking=True), rows.to(device, non_blocking=True)
-        self.length = self.length[rows]
-        if len(prompts) < len(self.prompt[0][0]):
-            self.prompt = [tuple(part[prompts] for part in pair) for pair in self.prompt]
-        for layer, pair in enumerate(self.own):
-            self.own[layer] = tuple(part.new_empty(len(rows), *part.shape[1:]) for part in pair)
-            for kept, part in zip(self.own[layer], pair):
-                kept[:, :, :self.step] = part[rows, :, :self.step]
-
-    def attend(self, layer, q, k, v):
-        """q (R, H, 1, E), k and v (R, G, 1, E) of each row's newest token -> (R, H, 1, E)."""
-        (prompt_k, prompt_v), (own_k, own_v) = self.prompt[layer], self.own[layer]
-        (_, G, longest, E), (R, H), t = prompt_k.shape, q.shape[:2], self.step
-        own_k[:, :, t], own_v[:, :, t] = k[:, :, 0], v[:, :, 0]
-        own_k, own_v = own_k[:, :, :t + 1], own_v[:, :, :t + 1]
-        q = q.view(R, G, H // G, E) / math.sqrt(E)
-        scores = self.by_row(self.by_prompt(q) @ prompt_k.transpose(-1, -2))     # (R, G, H / G, longest)
-        own = q @ own_k.transpose(-1, -2)                                        # (R, G, H / G, t + 1)
-        position = torch.arange(longest, device=q.device)
-        seen = position < self.length[:, None]                                   # (R, longest): the rest is padding
-        if self.config.sliding_window is not None:
-            oldest = (self.length + t - self.config.sliding_window)[:, None]     # positions up to here are out of sight
-            seen &= position > oldest
-            recent = self.length[:, None] + torch.arange(t + 1, device=q.device) > oldest
-            own = own.masked_fill(~recent[:, None, None], -math.inf)
-        scores = torch.cat((scores.masked_fill(~seen[:, None, None], -math.inf), own), -1)
-        weights = (scores if scores.dtype == torch.float64 else scores.float()).softmax(-1).to(q.dtype)
-        on_prompt, on_own = weights[..., :longest], weights[..., longest:]
-        y = self.by_row(self.by_prompt(on_prompt) @ prompt_v) + on_own @ own_v
-        return y.reshape(R, H, 1, E)
-
-    def by_prompt(self, x):
-        """(R, G, H / G, ·) -> (P, G, slots · H / G, ·): the rows of a prompt side by side, to meet its keys in one product."""
-        R, G, group, last = x.shape
-        P = len(self.prompt[0][0])
-        if R == P * self.slots:                    # as long as no row has left, this is only a view
-            side = x.view(P, self.slots, G, group, last)
-        else:
-            side = x.new_zeros(P, self.slots, G, group, last)
-            side[self.seats] = x
-        return side.transpose(1, 2).reshape(P, G, self.slots * group, last)
-
-    def by_row(self, y):
-        """The way back."""
-        P, G, _, last = y.shape
-        y = y.view(P, G, self.slots, -1, last).transpose(1, 2)
-        return y.reshape(-1, *y.shape[2:]) if len(self.owner) == P * self.slots else y[self.seats]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face folders
 
 NAMES = {   # our module -> its name in the checkpoint; * is the layer
@@ -638,10 +489,6 @@ NAMES = {   # our module -> its name in the checkpoint; * is the layer
 }
 NAMES["mistral"] = NAMES["llama"]
 
-# Buffers that published files carry and that are no weights: masks and rotary frequencies.
-BUFFERS = re.compile(r"(.*\.)?(attention\.(bias|masked_bias)|rotary_emb\.inv_freq)")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SHARD_BYTES = 5_000_000_000
 
 
 def file_name(config, name):
@@ -654,106 +501,6 @@ def file_name(config, name):
         return f"{NAMES[config.model_type][module]}.{kind}"
     pattern = NAMES[config.model_type][module.replace(layer[0], ".*.")]
     return f"{pattern.replace('*', layer[1])}.{kind}"
-
-
-def read_header(path):
-    """{tensor name: (dtype name, shape)} of a safetensors file, after checking that the file can hold what it says.
-
-    Nothing the header claims is believed before memory is taken: its own length, the offsets and the sizes are checked
-    against the file. InputError names the file and the tensor.
-    """
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length <= size - 8 else None
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    if text is None:
-        raise InputError(f"{path} is truncated or no safetensors file: its header would take {length:,} bytes of a file of "
-                         f"{size:,}.")
-    try:
-        header = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        at = getattr(error, "start", getattr(error, "pos", None))        # of UnicodeDecodeError, of JSONDecodeError
-        place = path if at is None else f"{path}, near byte {8 + at}"
-        raise InputError(f"{place}: the safetensors header is not valid JSON.") from None
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: the safetensors header is not an object.")
-    notes = header.pop("__metadata__", {})
-    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise InputError(f"{path}: __metadata__ in the header is not an object of texts.")
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        try:
-            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            numbers = [*shape, start, stop]
-            sound = (all(type(n) is int and 0 <= n < 2 ** 63 for n in numbers) and start <= stop
-                     and isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= 64)      # as torch
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        if not sound:
-            raise InputError(f"{path}: the header entry of {name!r:.200} is broken.")
-        if stop > size - 8 - length:
-            raise InputError(f"{path} is truncated: {name!r:.200} would end {stop - (size - 8 - length):,} bytes behind the "
-                             f"file.")
-        if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise InputError(f"{path}: {name!r:.200} has shape {str(shape):.80} in {dtype} but {stop - start:,} bytes.")
-        tensors[name] = (dtype, tuple(shape))
-        spans.append((start, stop, name))
-    here, name = 0, "the header"
-    for start, stop, name in sorted(spans):
-        if start != here:
-            raise InputError(f"{path}: the bytes of {name!r:.200} overlap others or leave a gap.")
-        here = stop
-    if here != size - 8 - length:
-        raise InputError(f"{path}: {size - 8 - length - here:,} bytes behind the last tensor, {name!r:.200}, belong to none.")
-    return tensors
-
-
-def weight_files(folder):
-    """{tensor name: (path, dtype name, shape)} of all tensors in a model folder, from the headers alone."""
-    folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise InputError(f"{index}: weight_map is missing or no object.")
-        headers = {}
-        for tensor, name in listed.items():
-            if not isinstance(name, str) or name != os.path.basename(name) or "\\" in name or name in ("", ".", ".."):
-                raise InputError(f"{index}: {tensor!r:.200} points to {name!r:.60}, which is not a file of this folder.")
-            if name not in headers:
-                if not os.path.isfile(folder / name):             # unlike Path's own, False for a name that no file can have
-                    raise InputError(f"{index} names the shard {name!r:.60} for {tensor!r:.200}, which the folder lacks.")
-                headers[name] = read_header(folder / name)
-            if tensor not in headers[name]:
-                raise InputError(f"{folder / name} lacks the tensor {tensor!r:.200} that {index.name} expects there.")
-        for name, header in headers.items():
-            extra = [tensor for tensor in header if listed.get(tensor) != name and not BUFFERS.fullmatch(tensor)]
-            if extra:
-                raise InputError(f"{folder / name} holds {extra[0]!r:.200}, which {index.name} does not list for this file.")
-        return {tensor: (folder / name, *headers[name][tensor]) for tensor, name in listed.items()}
-    if single.exists():
-        return {tensor: (single, *entry) for tensor, entry in read_header(single).items()}
-    pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if pickled:
-        raise InputError(
-            f"{folder} holds only pickled weights ({pickled[0]}), which can run code when read; convert them where you "
-            f"trust them: python -c \"from transformers import AutoModelForCausalLM as M; "
-            f"M.from_pretrained('{folder}').save_pretrained('CONVERTED')\".")
-    raise InputError(f"{folder} holds no model.safetensors and no model.safetensors.index.json.")
-
-
-def open_weights(path):
-    """The open safetensors file; what its own reader refuses beyond our checks is an InputError too."""
-    try:
-        return safe_open(str(path), framework="pt")
-    except SafetensorError as error:
-        raise InputError(f"{path} is no sound safetensors file: {error}.") from None
 
 
 def match_weights(config, folder, expected):

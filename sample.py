@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import cli
 import data
 import model
-from cli import InputError
+from support import cli
+from support.cli import InputError
+from support.ranks import pick_device
 
 
 @dataclass
@@ -162,17 +163,6 @@ class Settings:
                 raise InputError(f"--{name}={getattr(self, name)}: {says}.")
         if (self.prompt is None) == (self.prompts is None):
             raise InputError("give either --prompt=TEXT or --prompts=FILE.")
-
-
-def pick_device(name):
-    """The torch device for a --device setting; auto prefers CUDA."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device={name}: this machine or this build of torch has no such device.") from None
-    return name
 
 
 def matching_tokenizer(folder, config):

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train  # noqa: E402  first: it looks at the clock of its parent's life
 
-import checkpoint  # noqa: E402
+from support import checkpoint  # noqa: E402
 import cli  # noqa: E402
 import torch  # noqa: E402
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model  # noqa: E402
-import rlhf  # noqa: E402
+from experiments import rlhf  # noqa: E402
 import train  # noqa: E402
 
 

@@ -23,11 +23,11 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-import cli
+from support import cli
 import data
 import judge
 import model
-import toy
+from experiments import toy
 import train
 
 ROOT = Path(__file__).parent.parent

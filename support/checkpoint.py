@@ -27,17 +27,15 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 try:
     import fcntl
 except ImportError:            # Windows
     fcntl = None
 
-import cli
-import data
-import model
-from cli import InputError
+from support import cli, hf
+from support.cli import InputError
+from support.rows import split_weight
 
 FILE_BYTES = 1 << 28           # of a checkpoint's files: torch makes two copies of a file in memory before it writes it
 WRITE_ERRORS = (OSError, SafetensorError, dcp.api.CheckpointException)
@@ -73,7 +71,7 @@ class OutDir:
             if out.is_relative_to(path) and folder in s.folders():
                 raise InputError(f"--out_dir={self.path} lies in the model folder {folder}; name another.")
         for spec in s.files():
-            file = Path(data.split_weight(spec)[0]).resolve()
+            file = Path(split_weight(spec)[0]).resolve()
             if file.parent == out or is_cleared(file):
                 raise InputError(f"{file.name} lies in --out_dir={self.path}, which this run writes to; name another out_dir.")
         if any(place.exists() and not place.is_dir() for place in (self.path, *self.path.parents)):
@@ -120,10 +118,10 @@ class OutDir:
         """{file or model folder: digest of its contents}: a run goes on only with what it began with."""
         found = {}
         for folder in self.settings.folders():
-            files = {path for path, *_ in model.weight_files(folder).values()}
+            files = {path for path, *_ in hf.weight_files(folder).values()}
             found[folder] = digest(Path(folder) / "config.json", *sorted(files), sampled=True)
         for spec in self.settings.files():
-            found[spec] = digest(data.split_weight(spec)[0])
+            found[spec] = digest(split_weight(spec)[0])
         return found
 
     def begin(self, settings, steps, tensors):
@@ -430,51 +428,7 @@ def versions():
 def commit():
     """The commit of the source, where it is a git checkout; else None."""
     try:
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True,
+        return subprocess.run(["git", "-C", str(Path(__file__).parent.parent), "rev-parse", "HEAD"], capture_output=True, text=True,
                               timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the reference says about a fixed data set is constant
-
-class ReferenceCache:
-    """log π_ref of every pair's two responses behind x, and behind p⊕x where the recipe asks: one safetensors file a key.
-
-    The key is a digest of the reference's folder, the compute type and all ids, which follow from data, tokenizer, lengths
-    and p. `values` {"x": (N, 2), "px": (N, 2)} in float64, or None as long as nobody has computed them.
-    """
-
-    def __init__(self, settings, dtype, pairs, refined):
-        self.pairs, self.queries = pairs, ("x", "px") if refined else ("x",)
-        folder = Path(settings.reference or settings.model)
-        files = sorted({path for path, *_ in model.weight_files(folder).values()})
-        key = hashlib.sha256(f"{dtype} {self.queries} {digest(folder / 'config.json', *files)}".encode())
-        for pair in pairs:
-            for ids in (*(getattr(pair, query) for query in self.queries), pair.chosen, pair.rejected):
-                key.update(np.array([len(ids), *ids], dtype=np.int64).tobytes())
-        self.path = Path(settings.reference_cache) / f"reference-{key.hexdigest()[:32]}.safetensors"
-        self.values = self.read() if os.path.exists(self.path) else None
-
-    def read(self):
-        """The values of a file, checked: its name says what they belong to, not that the file is whole."""
-        wanted = {query: ("F64", (len(self.pairs), 2)) for query in self.queries}
-        if model.read_header(self.path) != wanted:
-            raise InputError(f"{self.path} does not hold the log-probabilities of {len(self.pairs)} pairs; remove it.")
-        return load_file(self.path)
-
-    def write(self):
-        """Aside and renamed: two runs may compute the same file."""
-        aside = self.path.with_name(f".writing-{os.getpid()}-{self.path.name}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self.values, aside)
-            os.replace(aside, self.path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"--reference_cache={self.path.parent} cannot be written: {reason(error)}.") from None
-
-    def attach(self):
-        """Give each pair its values; whoever scores it asks there first."""
-        for i, pair in enumerate(self.pairs):
-            pair.reference = {query: self.values[query][i].tolist() for query in self.queries}

@@ -27,14 +27,14 @@ from pathlib import Path
 
 import torch
 
-import cli
 import data
 import judge
 import losses
 import model
 import sample
 import train
-from cli import InputError
+from support import cli
+from support.cli import InputError
 
 
 @dataclass

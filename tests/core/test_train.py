@@ -13,14 +13,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import checkpoint
+from support import checkpoint
 import data
 import model
 import tiny
 import train
-from cli import InputError
+from support.cli import InputError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("OSPREY_DATA", ROOT.parent / "shared/data"))
 OFFLINE = ["dpo", "ipo", "sr-dpo", "sr-ipo"]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import reproduce
-import rlhf
+from experiments import reproduce
+from experiments import rlhf
 import tiny
-import toy
+from experiments import toy
 import train
-from cli import InputError
+from support.cli import InputError
 
 REPRODUCE = Path(reproduce.__file__)
 

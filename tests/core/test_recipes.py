@@ -14,7 +14,7 @@ import data
 import judge
 import tiny
 import train
-from cli import InputError
+from support.cli import InputError
 from test_ranks import assert_same_run, last_checkpoint, launch, metrics
 
 NEW = ["osp-dpo", "osp-ipo", "sr-spce", "random-pairs", "self-rewarding", "raft", "spin", "sft-sampling", "rso", "offline-soft"]

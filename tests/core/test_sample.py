@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import cli
+from support import cli
 import data
 import losses
 import sample
 import tiny
-from cli import InputError
+from support.cli import InputError
 
 ROOT = Path(sample.__file__).parent
 ALMOST_1 = 1 - 2 ** -53                    # the largest number that numpy's random() returns

@@ -28,7 +28,7 @@ import losses
 import model
 import sample
 import train
-from cli import InputError
+from support.cli import InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Formulas: pure functions of tensors

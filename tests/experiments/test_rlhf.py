@@ -12,16 +12,16 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-import cli
+from support import cli
 import data
 import losses
 import model
-import rlhf
+from experiments import rlhf
 import sample
 import tiny
-import toy
+from experiments import toy
 import train
-from cli import InputError
+from support.cli import InputError
 from test_train import ROOT, assert_same, assert_same_weights, figures, metrics
 
 FLOAT = dict(dtype=torch.float64)

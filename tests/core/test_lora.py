@@ -17,7 +17,7 @@ import losses
 import model
 import tiny
 import train
-from cli import InputError
+from support.cli import InputError
 
 TOKENS = torch.randint(0, 400, (2, 40), generator=torch.Generator().manual_seed(0))
 # (inputs + outputs) of the linear layers of one block: q k v o gate up down, and qkv o up down

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import data
-import memory
+from support import memory
 import model
 import tiny
 import train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LLAMA = dict(model_type="llama", hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
              num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048)
 PUBLISHED = {

@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-import bench
+from experiments import bench
 import data
-from cli import InputError
+from support.cli import InputError
 
 SMALL = dict(width=32, layers=2, heads=2, ffn=64, batch_size=4, micro_batch_size=2, peer_micro_batch_sizes=[4], k=3,
              max_tokens=12, rounds=1)

@@ -23,15 +23,14 @@ import numpy as np
 import sentencepiece
 import torch
 
-import checkpoint
-import cli
 import data
 import judge
 import losses
 import model
-import rlhf
 import sample
 import train
+from experiments import rlhf
+from support import checkpoint, cli
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The world

@@ -19,7 +19,7 @@ import model
 import tiny
 from ranks import run_entry
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # name: (settings, on how many ranks). Every one of them runs on one rank too. Where the epoch of 13 rows is not cut short by
 # `steps`, its last batch has one row, so that one rank works and the others have none.

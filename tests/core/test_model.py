@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import model
-from cli import InputError
+from support.cli import InputError
 
-DATA = Path(os.environ.get("OSPREY_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+DATA = Path(os.environ.get("OSPREY_DATA", Path(__file__).parents[3] / "shared" / "data"))
 VOCAB, LENGTH = 61, 48
 TOKENS = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 

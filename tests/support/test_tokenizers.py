@@ -19,10 +19,10 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
-from cli import InputError
+from support.cli import InputError
 from data import load_tokenizer
 
-DATA = Path(os.environ.get("OSPREY_DATA", Path(__file__).parent.parent.parent / "shared/data"))
+DATA = Path(os.environ.get("OSPREY_DATA", Path(__file__).parents[3] / "shared/data"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text

@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import pytest
 import safetensors.torch
@@ -33,7 +33,7 @@ import torch
 import data
 import model
 import tiny
-from cli import InputError
+from support.cli import InputError
 
 resource = pytest.importorskip("resource")          # limits of memory are Unix's
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
+from support import checkpoint
 import faulty
 import tiny
 import train
-from cli import InputError
+from support.cli import InputError
 
 FAULTY = "tests/faulty.py"
 

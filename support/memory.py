@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-import checkpoint
 import data
 import judge
 import losses
 import model
-from cli import InputError
+from support import checkpoint
+from support.cli import InputError
 
 P_TOKENS = 64                  # of the refinement prompt, which is some forty words
 LIBRARIES = 100 << 20          # bytes that are first loaded in a step or a save

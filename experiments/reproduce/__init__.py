@@ -27,17 +27,15 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import checkpoint
-import cli
 import data
 import judge
 import losses
 import model
-import rlhf
 import sample
-import toy
 import train
-from cli import InputError
+from experiments import rlhf, toy
+from support import checkpoint, cli
+from support.cli import InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The runs

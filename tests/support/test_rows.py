@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
-from cli import InputError
 
-DATA = Path(os.environ.get("OSPREY_DATA") or Path(__file__).parent.parent.parent / "shared/data")
+import data
+from support.cli import InputError
+
+DATA = Path(os.environ.get("OSPREY_DATA") or Path(__file__).parents[3] / "shared/data")
 
 
 def shared(path):

@@ -14,9 +14,9 @@ import data
 import judge
 import sample
 import tiny
-from cli import InputError
+from support.cli import InputError
 
-DATA = Path(os.environ.get("OSPREY_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+DATA = Path(os.environ.get("OSPREY_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ROOM = 10 ** 6           # a context in which nothing is cut
 
 

@@ -7,9 +7,9 @@ import transformers
 
 import data
 import tiny
-import toy
+from experiments import toy
 import train
-from cli import InputError
+from support.cli import InputError
 
 SEA = "A calm line about the sea at dawn:"
 

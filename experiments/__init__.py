@@ -1,0 +1,1 @@
+"""What is tried with the core: the embedded world, RLHF, the papers' claims, the benchmark."""
