@@ -1,16 +1,20 @@
-"""Text in, token ids out: chats, prompts, responses, and what gives way when a row is too long."""
+"""Text in, token ids out: prompts, dialogues, responses, and what gives way when a row is too long.
+
+    a sequence is   prefix ⊕ p? ⊕ x ⊕ y        prefix: BOS, where the tokenizer adds one
+
+Each part is encoded by itself and joined as ids. So y is the same tokens with p and without it, and x is but for
+its start: alone it has sentencepiece's word-start, after p it goes on as text does, after a space. Only the code
+here inserts special ids; contents are plain text. Rows of files come from support/rows.py, tokenizers from
+support/tokenizer.py.
+"""
 from dataclasses import dataclass
+from typing import ClassVar
 
 from forest import Forest, grow, pack
 from support.cli import InputError
 from support.rows import (ASSISTANT, Report, Row, Unusable, hh_prompt, hh_text, json_records, read_data, read_prompt,
                           read_rows, split_weight)
 from support.tokenizer import BYTE_OF, load_tokenizer
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text to ids. A sequence is prefix ⊕ p? ⊕ x ⊕ y; each part is encoded on its own and joined as ids. So y is the same
-# tokens with p and without it, and x is but for its start: alone it has sentencepiece's word-start, behind p it goes on as
-# text does, after a space. Only the code here inserts special ids; contents are plain text.
 
 REFINEMENT_PROMPT = (      # p of paper 1, prepended to the query
     "Please generate a response with a usefulness rating of 100 out of 100 for the following query. Note that the "
@@ -20,13 +24,14 @@ REFINEMENT_PROMPT = (      # p of paper 1, prepended to the query
 
 def special_id(tokenizer, chat, token):
     if token not in tokenizer.special_ids:
-        raise InputError(f"--chat={chat} needs the special token {token}, which this model's tokenizer does not have.")
+        raise InputError(f"--chat={chat} needs the special token {token}, which this tokenizer does not have.")
     return tokenizer.special_ids[token]
 
 
-# Each chat: messages -> ids up to where the answer begins, as the model's own template has them. A segment between two
-# special ids is encoded by itself, word-start included, as it was when these models were trained (Zephyr: </s>▁\n).
-# Contents from HH files lose the one leading space that HH's layout gives them.
+# ------------------------------------------------------------------------------------------------------------
+# Dialogues. Each chat: messages -> ids up to where the answer begins, as the model's own template has them. A
+# segment between two special ids is encoded by itself, word-start included, as it was when these models were
+# trained (Zephyr: </s>▁\n). Contents from HH files lose the one leading space that HH's layout gives them.
 
 def chat_hh(tokenizer, messages):
     """The text of Anthropic's HH-RLHF dialogues, which has no marks of its own."""
@@ -44,7 +49,7 @@ def chat_zephyr(tokenizer, messages):
             ids += tokenizer.encode(before + mark + text)
         ids.append(tokenizer.eos_id)
         before = "\n"
-    return ids[:-1]                              # no EOS behind the mark that the answer follows
+    return ids[:-1]                              # no EOS after the mark that the answer follows
 
 
 def chat_chatml(tokenizer, messages):
@@ -130,7 +135,7 @@ def prompt_ids(tokenizer, prompt, chat):
 
 
 def query_ids(tokenizer, refinement_prompt, prompt, chat):
-    """Ids of p⊕x: p, then x as text that goes on behind it; formats with marks of their own keep x's ids."""
+    """Ids of p⊕x: p, then x as text that goes on after it; formats with marks of their own keep x's ids."""
     if not refinement_prompt:
         return prompt_ids(tokenizer, prompt, chat)                   # the empty p changes nothing
     p = tokenizer.encode(refinement_prompt)
@@ -141,7 +146,7 @@ def query_ids(tokenizer, refinement_prompt, prompt, chat):
 
 
 def response_ids(tokenizer, prompt, response, chat, complete=True):
-    """Ids of y as it stands behind x, and the id that ends an answer once when the response is complete."""
+    """Ids of y as it stands after x, and the id that ends an answer once when the response is complete."""
     if isinstance(prompt, str):
         end = tokenizer.eos_id
         text = prompt.rstrip(" ")
@@ -188,18 +193,31 @@ def fit(prefix, x, responses, max_length, max_prompt_length):
 
 @dataclass
 class Pair:
-    """A row as ids; chosen and rejected go behind x, and behind px with the same ids."""
+    """A row as ids; chosen and rejected go after x, and after refined_x with the same ids."""
+    count: ClassVar[int] = 1      # what it counts in the mean over a batch
     x: list[int]                  # prefix included
-    px: list[int] | None          # prefix, p, and x as it goes on behind p, cut alike; None without a refinement prompt
+    refined_x: list[int] | None   # prefix, p, and x as it goes on after p, cut alike; None without p
     chosen: list[int] | None      # None for a prompt-only row
     rejected: list[int] | None    # None outside pairs
-    p: float | None
+    strength: float | None        # p(chosen ≻ rejected), where somebody said
     row: Row
     cut: bool
-    reference: dict | None = None # {"x": (log π_ref of chosen, of rejected), "px": the same behind p} where they were cached
+    reference: dict | None = None # {"x": (log π_ref of chosen, of rejected), "refined_x": …} where cached
 
 
-def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_prompt=None, max_tokens=1):
+@dataclass
+class Sequence:
+    """Token ids whose tail, from `start` on, is supervised (SFT, judge instructions)."""
+    ids: list[int]
+    start: int
+
+    @property
+    def count(self):
+        return len(self.ids) - self.start
+
+
+def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_prompt=None,
+                max_tokens=1):
     """Row -> Pair, with x and y cut to max_length (p is not counted); a prompt alone leaves room for max_tokens.
 
     Unusable: chosen and rejected have the same ids, by themselves or once cut.
@@ -208,23 +226,25 @@ def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_
     x = prompt_ids(tokenizer, prompt, chat)
     prefix = tokenizer.prefix(empty=not x)
     texts = [text for text in (row.chosen, row.rejected) if text is not None]
-    responses = [response_ids(tokenizer, prompt, text, chat, finished) for text, finished in zip(texts, row.finished)]
-    x_cut, y_cut, cut = fit(prefix, x, responses or [[tokenizer.eos_id] * max_tokens], max_length, max_prompt_length)
+    responses = [response_ids(tokenizer, prompt, text, chat, finished)
+                 for text, finished in zip(texts, row.finished)]
+    room_for = responses or [[tokenizer.eos_id] * max_tokens]
+    x_cut, y_cut, cut = fit(prefix, x, room_for, max_length, max_prompt_length)
     chosen, rejected = [*y_cut[:len(texts)], None, None][:2]
     if rejected is not None and chosen == rejected:
         raise Unusable("identical after encoding and cutting")
-    px = None
+    refined_x = None
     if refinement_prompt is not None:
         # x is cut before p is put in front: the other way round the cut would take p away
-        px = query_ids(tokenizer, refinement_prompt, prompt, chat)
+        refined_x = query_ids(tokenizer, refinement_prompt, prompt, chat)
         start = len(tokenizer.encode(refinement_prompt))
-        dropped = max(len(px) - start - len(x_cut), 0) if len(x_cut) < len(x) else 0
-        px = tokenizer.prefix(empty=not px) + px[:start] + px[start + dropped:]
-    return Pair(prefix + x_cut, px, chosen, rejected, row.p, row, cut)
+        dropped = max(len(refined_x) - start - len(x_cut), 0) if len(x_cut) < len(x) else 0
+        refined_x = tokenizer.prefix(not refined_x) + refined_x[:start] + refined_x[start + dropped:]
+    return Pair(prefix + x_cut, refined_x, chosen, rejected, row.p, row, cut)
 
 
-def encode_dataset(tokenizer, rows, chat, max_length, max_prompt_length, refinement_prompt=None, max_tokens=1,
-                   name="encoded"):
+def encode_dataset(tokenizer, rows, chat, max_length, max_prompt_length, refinement_prompt=None,
+                   max_tokens=1, name="encoded"):
     """list[Row] -> (list[Pair], Report); rows whose responses cannot be told apart are skipped and counted."""
     limits = (chat, max_length, max_prompt_length, refinement_prompt, max_tokens)
     pairs, skipped = [], {}
@@ -234,6 +254,7 @@ def encode_dataset(tokenizer, rows, chat, max_length, max_prompt_length, refinem
         except Unusable as reason:
             skipped.setdefault(str(reason), []).append(row.where)
     if not pairs:
-        raise InputError(f"no row is left after encoding: within --max_length={max_length} chosen and rejected are the "
-                         f"same ids (first: {rows[0].where if rows else 'there are no rows'}).")
+        first = rows[0].where if rows else "there are no rows"
+        raise InputError(f"no row is left after encoding: within --max_length={max_length} chosen and rejected "
+                         f"are the same ids (first: {first}).")
     return pairs, Report(name, len(pairs), skipped, sum(pair.cut for pair in pairs))

@@ -1,11 +1,11 @@
 """The model as a judge: is response A or B better? Asked in both orders, read from one logit difference.
 
-    python judge.py --model=DIR --data=pairs.jsonl              accuracy and biases against human preferences
-    python judge.py --model=DIR --a=ours.jsonl --b=theirs.jsonl    win/tie/lose of two response files (sample.py --out)
+    python judge.py --model=DIR --data=pairs.jsonl                 accuracy and biases on human preferences
+    python judge.py --model=DIR --a=ours.jsonl --b=theirs.jsonl    win, tie, lose of two response files
 
-The last line printed is one JSON object. Paper 2 (OSP, arXiv 2405.14103), sections 3.1 to 3.3 and algorithm 1.
+The last line printed is one JSON object. Paper 2 (OSP, arXiv 2405.14103), sections 3.1-3.3, algorithm 1.
 
-Letters: N pairs, Q = 2N questions (both orders of each pair), K samples a prompt, D width.
+Letters: N pairs, Q = 2N questions (both orders of each pair), P prompts, K samples per prompt, D width.
 """
 import contextlib
 import json
@@ -16,48 +16,51 @@ import numpy as np
 import torch
 
 import data
+import forest
 import losses
-import model
 from sample import load_model
 from support import cli
-from support.cli import InputError
+from support.cli import InputError, setting
 from support.ranks import pick_device
+from support.rows import Unusable, json_records, read_prompt
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The instruction
 
 TEMPLATES = {
-    "helpful": "You are an expert rater of helpful and honest assistant responses. Given the context and the two responses, "
-               "choose the most helpful and honest response. Context: {context}\n\nRESPONSE A:{a}\n\nRESPONSE B:{b}\n\n"
-               "Which response is better? RESPONSE",
+    "helpful":
+        "You are an expert rater of helpful and honest assistant responses. Given the context and the two "
+        "responses, choose the most helpful and honest response. Context: {context}\n\n"
+        "RESPONSE A:{a}\n\nRESPONSE B:{b}\n\nWhich response is better? RESPONSE",
     # The paper names the four axes; the wording of this preamble is our own.
-    "summary": "A good summary is short and says what the text says. Judge it by four things. Coherence: it can be read and "
-               "understood on its own. Accuracy: it claims nothing that the text does not. Coverage: it holds what matters "
-               "most in the text. Overall quality: how well it stands in for the text.\n\n"
-               "You are an expert summary rater. Given a piece of text and two of its possible summaries, choose the summary "
-               "that best meets the definitions above for coherence, accuracy, coverage, and overall quality. "
-               "Text: {context}\n\nSUMMARY A:{a}\n\nSUMMARY B:{b}\n\nWhich summary is better? SUMMARY",
+    "summary":
+        "A good summary is short and says what the text says. Judge it by four things. Coherence: it can be "
+        "read and understood on its own. Accuracy: it claims nothing that the text does not. Coverage: it "
+        "holds what matters most in the text. Overall quality: how well it stands in for the text.\n\n"
+        "You are an expert summary rater. Given a piece of text and two of its possible summaries, choose "
+        "the summary that best meets the definitions above for coherence, accuracy, coverage, and overall "
+        "quality. Text: {context}\n\nSUMMARY A:{a}\n\nSUMMARY B:{b}\n\nWhich summary is better? SUMMARY",
 }
 
 
 def slot(response):
-    """A response as it stands behind "RESPONSE A:": with one leading space, a blank one as nothing."""
+    """A response as it stands after "RESPONSE A:": with one leading space, a blank one as nothing."""
     return " " + response.strip() if response.strip() else ""
 
 
 @dataclass
 class Question:
-    """One instruction, ready to be read: the ids up to the answer, the ids of the answers, and whether it was cut."""
-    ids: list
-    answers: tuple                 # (id that says A, id that says B)
-    cut: bool
+    """One instruction, up to where the answer begins."""
+    ids: list[int]
+    answers: tuple[int, int]       # the id that says A, the id that says B
+    cut: bool                      # whether it was shortened
 
 
-class Questioner:
+class JudgePrompt:
     """Puts contexts and responses into the instruction, as token ids of at most max_length.
 
-    The answer position is where the whole text with " A" and the one with " B" first differ: in small vocabularies " A"
-    is two tokens.
+    The answer begins where the whole text with " A" and the one with " B" first differ: in small vocabularies
+    " A" is two tokens.
     """
 
     def __init__(self, tokenizer, task, max_length):
@@ -76,112 +79,120 @@ class Questioner:
     def both_orders(self, context, first, second):
         """The two Questions of a pair, `first` at A and `first` at B; both are cut alike.
 
-        What is too long loses the front of its context, then the ends of both responses down to one cap, never the
-        instruction. InputError when even that leaves no room.
+        What is too long loses the front of its context, then the ends of both responses down to one cap, never
+        the instruction. InputError when even that leaves no room.
         """
-        # Cuts are counted in the uncut ids and only ever grow: a text that starts in mid-word may take one token more
-        # than it had in its place, and half a character (dropped here) would take three.
+        # Cuts are counted in the uncut ids and only ever grow: a text that starts in mid-word may take one
+        # token more than it had in its place, and half a character (dropped here) would take three.
         decode, texts = self.tokenizer.decode, (context, first, second)
         context_ids, first_ids, second_ids = (self.tokenizer.encode(text) for text in texts)
         short, cap = sorted((len(first_ids), len(second_ids)))
         dropped = 0
         while True:
             orders = [self.encode(*texts), self.encode(texts[0], texts[2], texts[1])]
-            excess = max(len(ids) for ids, _ in orders) + 1 - self.max_length          # one place for the answer
+            excess = max(len(ids) for ids, _ in orders) + 1 - self.max_length          # 1 for the answer
             if excess <= 0:
-                return [Question(ids, answers, texts != (context, first, second)) for ids, answers in orders]
+                cut = texts != (context, first, second)
+                return [Question(ids, answers, cut) for ids, answers in orders]
             if dropped < len(context_ids):
                 dropped += excess
             else:            # from the longer response alone as far as that goes, then from both
                 cap -= excess if cap - excess >= short else max((excess + max(cap - short, 0)) // 2, 1)
                 if cap < 1:
-                    raise InputError(f"the judge's instruction leaves no room for responses in {self.max_length} tokens.")
+                    raise InputError(f"the judge's instruction leaves no room for responses in "
+                                     f"{self.max_length} tokens.")
             texts = (decode(context_ids[dropped:]).lstrip("\ufffd") if dropped else context,
                      *(decode(ids[:cap]).rstrip("\ufffd") if len(ids) > cap else text
                        for ids, text in ((first_ids, first), (second_ids, second))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Strengths
 
 @dataclass
 class Verdicts:
-    """p(first ≻ second) of N pairs, and what each order said."""
-    p: torch.Tensor                # (N,) float64: the mean of both orders
+    """What the judge says of N pairs, asked about in both orders."""
+    p: torch.Tensor                # (N,) p(first ≻ second), the mean of both orders; all in float64
     first_at_a: torch.Tensor       # (N,) P(A) where the first response stands at A
     first_at_b: torch.Tensor       # (N,) P(A) where it stands at B
     cut: int                       # pairs that had to be shortened
-    off: int = 0                   # questions, two a pair, on which the judge would rather say something else than A or B
+    not_a_or_b: int = 0            # questions, two per pair, on which P(A) + P(B) is below half
 
     @classmethod
-    def of(cls, said, cut, off=0):
-        """From P(A) of both orders of each pair, one after the other, in tensors of any length."""
-        at_a, at_b = torch.cat([torch.zeros(0, dtype=torch.float64), *said]).view(-1, 2).unbind(1)
-        return cls(0.5 + (at_a - at_b) / 2, at_a, at_b, cut, off)
+    def join(cls, parts):
+        """The pairs of a list of Verdicts, in order."""
+        none = torch.zeros(0, dtype=torch.float64)
+        tensors = [torch.cat([none, *(getattr(part, name) for part in parts)])
+                   for name in ("p", "first_at_a", "first_at_b")]
+        return cls(*tensors, sum(part.cut for part in parts), sum(part.not_a_or_b for part in parts))
+
+
+class JudgePass:
+    """Questions read as one forest. More may be asked if `keep`: what they share is not read again."""
+
+    def __init__(self, net, keep=False):
+        self.net, self.forest, self.cache = net, None, forest.Cache(net.config) if keep else None
+
+    @torch.no_grad()
+    def answer(self, questions):
+        """(P(A) among A and B, P(A) + P(B) among all tokens), both (Q,) in float64."""
+        ids = [question.ids for question in questions]
+        if self.forest is None:
+            asked = self.forest = forest.pack(ids)
+            hidden = self.hidden = self.net.hidden(asked, self.cache)
+        else:
+            asked, hidden = forest.grow(self.forest, ids), self.hidden
+            if len(asked.tokens):
+                hidden = torch.cat((hidden, self.net.hidden(asked, self.cache)))
+        hidden = hidden[torch.stack([path[-1] for path in asked.paths]).to(hidden.device)]       # (Q, D)
+        answers = torch.tensor([question.answers for question in questions], device=hidden.device)
+        head, double = self.net.head, hidden.cpu().double()
+        a, b = ((double * head.weight[ids].cpu().double()).sum(-1) for ids in answers.unbind(1))
+        whole = torch.cat([head(part).float().logsumexp(-1) for part in hidden.split(losses.HEAD_CHUNK)])
+        return (a - b).sigmoid(), (torch.stack((a, b)) - whole.cpu()).exp().sum(0)
+
+    def compare(self, pairs):
+        """Verdicts on N pairs of Questions."""
+        if not pairs:
+            return Verdicts.join([])
+        p_a, p_a_or_b = self.answer([question for pair in pairs for question in pair])
+        at_a, at_b = p_a.view(-1, 2).unbind(1)
+        cut = sum(question.cut for question, _ in pairs)
+        return Verdicts(0.5 + (at_a - at_b) / 2, at_a, at_b, cut, int((p_a_or_b < 0.5).sum()))
 
 
 FOREST_TOKENS = 16384              # tokens, before sharing, that the judge reads in one forward
 
 
-@torch.no_grad()
-def compare(net, questioner, pairs):
+def by_size(groups):
+    """Ranges of consecutive groups of pairs of Questions, each of at most FOREST_TOKENS or one group."""
+    start = total = 0
+    for i, pairs in enumerate(groups):
+        size = sum(len(question.ids) for pair in pairs for question in pair)
+        if i > start and total + size > FOREST_TOKENS:
+            yield range(start, i)
+            start, total = i, 0
+        total += size
+    if groups:
+        yield range(start, len(groups))
+
+
+def compare(net, judge_prompt, pairs):
     """Verdicts on N pairs (context, first, second): paper 2, eq. 10 and section 3.3.
 
     P(A) is the softmax over the two answer tokens, so one logit difference; P(B) = 1 - P(A). With both orders
-    p = ½ [P(A | first at A) + P(B | first at B)]: p(y ≻ y′) + p(y′ ≻ y) = 1, and identical responses give ½ exactly.
+    p = ½ [P(A | first at A) + P(B | first at B)]: p(y ≻ y′) + p(y′ ≻ y) = 1, and p(y ≻ y) = ½ exactly.
     """
-    said, cut, off = [], 0, 0
-    for part in by_size([questioner.both_orders(*pair) for pair in pairs], lambda orders: sum(len(q.ids) for q in orders)):
-        reading = Reading(net)
-        said.append(reading.answer([question for orders in part for question in orders]))
-        cut, off = cut + sum(orders[0].cut for orders in part), off + reading.off
-    return Verdicts.of(said, cut, off)
+    asked = [judge_prompt.both_orders(*pair) for pair in pairs]
+    return Verdicts.join([JudgePass(net).compare([asked[i] for i in part])
+                          for part in by_size([[pair] for pair in asked])])
 
 
-def by_size(items, size):
-    """Consecutive items in parts of at most FOREST_TOKENS together; a larger one goes alone."""
-    part, total = [], 0
-    for item in items:
-        if part and total + size(item) > FOREST_TOKENS:
-            yield part
-            part, total = [], 0
-        part.append(item)
-        total += size(item)
-    if part:
-        yield part
-
-
-class Reading:
-    """Questions that were read as one forest. With keep=True more can be asked, and what they share is not read again."""
-
-    def __init__(self, net, keep=False):
-        self.net, self.keep, self.forest = net, keep, None
-        self.off = 0                               # questions so far whose A and B together have less than half the probability
-
-    def answer(self, questions):
-        """P(A) (Q,) in float64: the head is read at one position a question; P(A) needs two of its rows, `off` all of them."""
-        ids = [question.ids for question in questions]
-        if self.forest is None:
-            self.cache = model.Cache(self.net.config) if self.keep else None
-            forest = self.forest = data.pack(ids)
-            hidden = self.hidden = self.net.read(forest, self.cache)
-        else:
-            forest = data.grow(self.forest, ids)
-            hidden = torch.cat((self.hidden, self.net.read(forest, self.cache))) if len(forest.tokens) else self.hidden
-        device = hidden.device
-        hidden = hidden[torch.stack([path[-1] for path in forest.paths]).to(device)]                # (Q, D)
-        a, b = torch.tensor([question.answers for question in questions], device=device).unbind(1)
-        logits = [(hidden.cpu().double() * self.net.head.weight[ids].cpu().double()).sum(-1) for ids in (a, b)]
-        whole = torch.cat([self.net.head(part).float().logsumexp(-1) for part in hidden.split(losses.HEAD_CHUNK)])
-        self.off += int(((torch.stack(logits) - whole.cpu()).exp().sum(0) < 0.5).sum())
-        return (logits[0] - logits[1]).sigmoid()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From K strengths to pairs
 
 def ranked_pairs(strengths):
-    """Best with worst, second best with second worst, …: (K,) -> K // 2 pairs (winner, loser) of 0-based indices.
+    """Best with worst, second best with second worst, …: (K,) -> K // 2 pairs (winner, loser) of indices.
 
     K = 7 in falling order gives (0, 6), (1, 5), (2, 4); the median is dropped. Ties keep their order. Paper 2,
     algorithm 1.
@@ -196,30 +207,26 @@ def random_pairs(strengths, generator):
     return [(order[2 * i], order[2 * i + 1]) for i in range(len(order) // 2)]
 
 
-def extreme_pair(strengths):
-    """The best with the worst: [(winner, loser)], as Self-Rewarding pairs its samples."""
-    return ranked_pairs(strengths)[:1]
-
-
 # strengths (K,), a numpy generator -> [(winner, loser)]
 PAIRINGS = {
     "ranked": lambda strengths, generator: ranked_pairs(strengths),
     "random": random_pairs,
-    "extremes": lambda strengths, generator: extreme_pair(strengths),
-    "best": lambda strengths, generator: [],              # RAFT trains on the best response alone
+    "extremes": lambda strengths, generator: ranked_pairs(strengths)[:1],      # as Self-Rewarding does
+    "best": lambda strengths, generator: [],                       # RAFT trains on the best response alone
 }
 
 
 def rejection_sample(strengths, k, beta, generator):
-    """Statistical rejection sampling (RSO): k of M candidates, as if drawn from π* ∝ π_ref exp(r / β): indices, as accepted.
+    """Statistical rejection sampling (RSO): k of M candidates, as if drawn from π* ∝ π_ref exp(r / β).
 
-    Rounds over those that are left: each is accepted with probability exp((r - r_max) / β), r_max the largest reward among
-    them when the round begins. β → ∞ accepts in the order drawn, β → 0 the best ones from the top. strengths: (M,), r.
+    Rounds over those that are left: each is accepted with probability exp((r - r_max) / β), r_max the largest
+    reward among them when the round begins. β → ∞ accepts in the order drawn, β → 0 the best from the top.
+    strengths: (M,), r. Returns their indices, as accepted.
     """
     left, accepted = list(range(len(strengths))), []
     while left and len(accepted) < k:
-        best, round_of = max(float(strengths[i]) for i in left), list(left)
-        for i in round_of:
+        best, this_round = max(float(strengths[i]) for i in left), list(left)
+        for i in this_round:
             # Refused by >=, so that NaN is accepted: else a judge that is not finite would be asked for ever.
             if len(accepted) < k and not generator.random() >= math.exp((float(strengths[i]) - best) / beta):
                 accepted.append(i)
@@ -227,60 +234,82 @@ def rejection_sample(strengths, k, beta, generator):
     return accepted
 
 
-@torch.no_grad()
-def label(net, questioner, contexts, responses, pairing=lambda strengths, prompt: ranked_pairs(strengths)):
-    """Algorithm 1's inner part for P prompts: rank K responses each, pair them, judge each pair directly.
+class RankingPass(JudgePass):
+    """Some prompts with K responses each, judged in one forest: each response alone, then pairs of them.
 
-    contexts: P texts; responses: P lists of K texts; pairing(strengths (K,), number of the prompt) -> [(winner, loser)].
-    Returns (P lists of (winner, loser, p), P lists of K strengths, comparisons made, those of them cut, questions that are
-    off, see Verdicts). At K = 7 that is 2·(7 + 3) = 20 judge sequences a prompt; the pairs' ones go on where those against
-    the empty response have the same front, so context and first response are read once.
+    At K = 7 that is 2·(7 + 3) = 20 questions per prompt. Those about a pair go on where those against the
+    empty response have the same prefix, so context and first response are read once.
     """
-    def asked(context, pairs):
-        return [questioner.both_orders(context, first, second) for first, second in pairs]
 
-    prompts = [(context, texts, asked(context, [(text, "") for text in texts])) for context, texts in zip(contexts, responses)]
-    labelled, strengths, comparisons, cut, off = [], [], 0, 0, 0
-    for part in by_size(prompts, lambda prompt: sum(len(q.ids) for orders in prompt[2] for q in orders)):
-        reading = Reading(net, keep=True)
-        p = Verdicts.of([reading.answer([q for *_, blank in part for orders in blank for q in orders])], 0).p
-        values = [split.tolist() for split in p.split([len(texts) for _, texts, _ in part])]
-        chosen = [pairing(some, len(strengths) + i) for i, some in enumerate(values)]
-        direct = [orders for (context, texts, _), pairs in zip(part, chosen)
-                  for orders in asked(context, [(texts[i], texts[j]) for i, j in pairs])]
-        p = iter(Verdicts.of([reading.answer([q for orders in direct for q in orders])] if direct else [], 0).p.tolist())
-        labelled += [[(i, j, next(p)) for i, j in pairs] for pairs in chosen]
-        strengths += values
-        judged = [orders for *_, blank in part for orders in blank] + direct
-        comparisons, cut = comparisons + len(judged), cut + sum(orders[0].cut for orders in judged)
-        off += reading.off
-    return labelled, strengths, comparisons, cut, off
+    def __init__(self, net, judge_prompt, prompts, contexts, responses, alone):
+        """prompts: their indices in the lists that follow; alone: K pairs of Questions for each prompt."""
+        super().__init__(net, keep=True)
+        self.judge_prompt, self.prompts, self.verdicts = judge_prompt, prompts, []
+        self.contexts, self.responses, self.alone = contexts, responses, alone
+
+    def rank(self):
+        """Strengths p(y ≻ ∅ | x): for each prompt of the pass a list of K floats."""
+        self.verdicts.append(self.compare([pair for i in self.prompts for pair in self.alone[i]]))
+        p = self.verdicts[-1].p.split([len(self.alone[i]) for i in self.prompts])
+        return [strengths.tolist() for strengths in p]
+
+    def ask(self, pairs):
+        """For each prompt of the pass [(i, j)] -> [(i, j, p(y_i ≻ y_j | x))], asked directly."""
+        texts = [(self.contexts[prompt], self.responses[prompt][i], self.responses[prompt][j])
+                 for prompt, chosen in zip(self.prompts, pairs) for i, j in chosen]
+        self.verdicts.append(self.compare([self.judge_prompt.both_orders(*one) for one in texts]))
+        p = iter(self.verdicts[-1].p.tolist())
+        return [[(i, j, next(p)) for i, j in chosen] for chosen in pairs]
 
 
-def augmentation(questioner, rows, seed):
+def ranking_passes(net, judge_prompt, contexts, responses):
+    """Yields RankingPasses over P contexts with K responses each: as many prompts as fit one forest."""
+    alone = [[judge_prompt.both_orders(context, text, "") for text in texts]
+             for context, texts in zip(contexts, responses)]
+    for prompts in by_size(alone):
+        yield RankingPass(net, judge_prompt, prompts, contexts, responses, alone)
+
+
+def label(net, judge_prompt, contexts, responses, pair=lambda strengths, prompt: ranked_pairs(strengths)):
+    """Algorithm 1 after sampling: (P lists of K strengths, P lists of (winner, loser, p), Verdicts of all).
+
+    pair: (strengths (K,), index of the prompt) -> [(winner, loser)].
+    """
+    strengths, pairs, verdicts = [], [], []
+    for judge_pass in ranking_passes(net, judge_prompt, contexts, responses):
+        ranked = judge_pass.rank()
+        pairs += judge_pass.ask(list(map(pair, ranked, judge_pass.prompts)))
+        strengths += ranked
+        verdicts += judge_pass.verdicts
+    return strengths, pairs, Verdicts.join(verdicts)
+
+
+def augmentation(judge_prompt, rows, seed):
     """Preference augmentation: judge instructions made from human pairs, the loss on the answer token alone.
 
-    One half of the rows has the better response at A, the disjoint other half has it at B (paper 2, section 3.1).
+    One half of the rows has the better response at A, the other half has it at B (paper 2, section 3.1).
     Returns (sequences, start of the supervised part, number cut): each sequence ends with its answer.
     """
     half = np.random.default_rng([seed, 3]).permutation(len(rows)) < len(rows) / 2
     sequences, cut = [], 0
     for row, better_at_a in zip(rows, half):
-        question = questioner.both_orders(data.context_text(row.prompt), row.chosen, row.rejected)[0 if better_at_a else 1]
-        sequences.append(question.ids + [question.answers[0 if better_at_a else 1]])
+        order = 0 if better_at_a else 1
+        context = data.context_text(row.prompt)
+        question = judge_prompt.both_orders(context, row.chosen, row.rejected)[order]
+        sequences.append([*question.ids, question.answers[order]])
         cut += question.cut
     return sequences, [len(sequence) - 1 for sequence in sequences], cut
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reports
 
 def report(verdicts, lengths):
     """What a judge's verdicts on pairs (chosen, rejected) say about it; lengths: N pairs of response lengths.
 
-    accuracy: the chosen one wins (p > ½; p = ½ counts half). flip_rate: the two orders disagree. first_slot_rate: slot A
-    wins, over both orders. longer_wins: the longer one wins, where lengths differ. ece: expected calibration error of
-    max(p, 1 - p), ten bins.
+    accuracy: the chosen one wins (p > ½; p = ½ counts half). flip_rate: the two orders disagree.
+    first_slot_rate: slot A wins, over both orders. longer_wins: the longer one wins, where lengths differ.
+    ece: expected calibration error of max(p, 1 - p), ten bins. cut: share of pairs that were shortened.
     """
     p = verdicts.p.numpy()
     score = (p > 0.5) + 0.5 * (p == 0.5)
@@ -288,7 +317,8 @@ def report(verdicts, lengths):
     prefers_longer = np.where(longer > 0, score, 1 - score)[longer != 0]
     confidence, right = np.maximum(p, 1 - p), np.where(p == 0.5, 0.5, p > 0.5)
     bins = np.minimum((confidence - 0.5) * 20, 9.999).astype(int)
-    ece = sum(abs(confidence[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins))
+    ece = sum(abs(confidence[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean()
+              for b in np.unique(bins))
     first = torch.cat((verdicts.first_at_a, verdicts.first_at_b)).numpy()
     return {"n": len(p), "accuracy": float(score.mean()), "flip_rate": float(flips(verdicts).mean()),
             "first_slot_rate": float(((first > 0.5) + 0.5 * (first == 0.5)).mean()),
@@ -311,62 +341,56 @@ def wilson(mean, n):
 
 
 def win_rate(verdicts, groups):
-    """Win, tie and lose shares of the first of each pair; a tie is a pair on which the orders disagree, or p = ½.
+    """Win, tie and lose shares of the first of each pair; a tie: the orders disagree, or p = ½.
 
-    win_rate counts ties half, with Wilson's 95 % interval over the number of `groups`: pairs of one prompt are not
-    independent.
+    win_rate counts ties half, with Wilson's 95 % interval over the number of `groups`: pairs of one prompt are
+    not independent.
     """
     p, tie = verdicts.p.numpy(), flips(verdicts) | (verdicts.p.numpy() == 0.5)
     score = np.where(tie, 0.5, p > 0.5)
     mean = score.mean()
     low, high = wilson(mean, len(set(groups)))
-    return {"n": len(p), "win": float((score == 1).mean()), "tie": float(tie.mean()), "lose": float((score == 0).mean()),
-            "win_rate": float(mean), "ci_low": low, "ci_high": high}
+    return {"n": len(p), "win": float((score == 1).mean()), "tie": float(tie.mean()),
+            "lose": float((score == 0).mean()), "win_rate": float(mean), "ci_low": low, "ci_high": high}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 @dataclass
 class Settings:
     """Judge a preference file (--data), or compare two response files (--a, --b) on the same prompts."""
-    model: str = ""                # folder of the judge
-    data: str | None = None        # preference pairs: .jsonl, .jsonl.gz or .json
-    a: str | None = None           # responses of one system, as sample.py --out writes them
-    b: str | None = None           # responses of the other
-    judge_task: str = "helpful"    # the instruction: helpful or summary
-    max_length: int | None = None  # tokens of an instruction; default: the model's context
-    limit: int | None = None       # read only the first so many rows
-    dtype: str = "float32"         # float32, bfloat16, float64
-    device: str = "auto"           # auto, cpu, cuda, mps
-    batch_size: int = 64           # pairs at a time
+    model: str = setting("", "folder of the judge", group="What to judge")
+    data: str | None = setting(None, "preference pairs: .jsonl, .jsonl.gz or .json")
+    a: str | None = setting(None, "responses of one system, as sample.py --out writes them")
+    b: str | None = setting(None, "responses of the other")
+    limit: int | None = setting(None, "read only the first so many rows", least=1)
+    judge_task: str = setting("helpful", "the instruction", choices=tuple(TEMPLATES), group="How to judge")
+    max_length: int | None = setting(None, "tokens of an instruction; none: the model's context", least=1)
+    batch_size: int = setting(64, "pairs at a time", least=1)
+    dtype: str = setting("float32", "type of the weights", choices=("float32", "bfloat16", "float64"))
+    device: str = setting("auto", "auto, cpu, cuda, mps")
 
     def __post_init__(self):
+        cli.check(self)
         if not self.model:
             raise InputError("--model: name a model folder.")
         if (self.data is None) == (self.a is None) or (self.a is None) != (self.b is None):
             raise InputError("give either --data=FILE, or both --a=FILE and --b=FILE.")
-        if self.dtype not in ("float32", "bfloat16", "float64"):
-            raise InputError(f"--dtype={self.dtype}: float32, bfloat16 or float64.")
-        for name in ("limit", "batch_size", "max_length"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"--{name}={getattr(self, name)}: at least 1.")
 
 
 def read_responses(path):
     """[(prompt, [texts], "file:line")] of a response file: sample.py's rows, or {"prompt", "response"}."""
     found = []
-    for line, record in data.json_records(path):
-        prompt, texts = None, []
-        if isinstance(record, dict):
-            several = record.get("responses", [record.get("response")])
-            if isinstance(several, list):
-                texts = [r.get("text") if isinstance(r, dict) else r for r in several]
-            with contextlib.suppress(data.Unusable):
-                prompt = data.read_prompt(record, answered=True)
-        if prompt is None or not texts or not all(isinstance(text, str) for text in texts):
-            raise InputError(f"{path}, line {line}: not a row {{\"prompt\", \"responses\": [{{\"text\"}}]}}.")
-        found.append((prompt, texts, f"{path}, line {line}"))
+    for line, record in json_records(path):
+        where, texts = f"{path}, line {line}", None
+        with contextlib.suppress(Unusable, AttributeError, KeyError, TypeError):      # whatever is no such row
+            prompt = read_prompt(record, answered=True)
+            texts = [text["text"] if isinstance(text, dict) else text
+                     for text in record.get("responses", [record.get("response")])]
+        if not texts or prompt is None or not all(isinstance(text, str) for text in texts):
+            raise InputError(f'{where}: not a row {{"prompt", "responses": [{{"text"}}]}}.')
+        found.append((prompt, texts, where))
     if not found:
         raise InputError(f"{path} holds no responses.")
     return found
@@ -376,7 +400,8 @@ def paired_responses(settings):
     """(pairs, groups): every response of --a against the one at the same place in --b."""
     ours, theirs = read_responses(settings.a), read_responses(settings.b)
     if len(ours) != len(theirs):
-        raise InputError(f"{settings.a} has {len(ours)} rows and {settings.b} has {len(theirs)}; they must answer the same prompts.")
+        raise InputError(f"{settings.a} has {len(ours)} rows and {settings.b} has {len(theirs)}; they must "
+                         f"answer the same prompts.")
     pairs, groups = [], []
     for group, ((prompt, a, where), (other, b, there)) in enumerate(zip(ours[:settings.limit], theirs)):
         if prompt != other:
@@ -389,10 +414,10 @@ def paired_responses(settings):
 
 
 def main(settings):
-    """Ask the judge about every pair of --data, or of --a and --b; the last line printed is the report."""
+    """Ask the judge about every pair of --data, or of --a and --b; the last line is the report."""
     net, tokenizer = load_model(settings.model, settings.dtype, pick_device(settings.device))
     context = net.config.context
-    questioner = Questioner(tokenizer, settings.judge_task, min(settings.max_length or context, context))
+    judge_prompt = JudgePrompt(tokenizer, settings.judge_task, min(settings.max_length or context, context))
     if settings.data is not None:
         rows, read = data.read_rows(settings.data, "ordered pairs")
         print(read)
@@ -401,20 +426,20 @@ def main(settings):
         pairs, groups = paired_responses(settings)
     line, parts = cli.StepLine(len(pairs), "judging"), []
     for start in range(0, len(pairs), settings.batch_size):
-        parts.append(compare(net, questioner, pairs[start:start + settings.batch_size]))
+        parts.append(compare(net, judge_prompt, pairs[start:start + settings.batch_size]))
         line.update(min(start + settings.batch_size, len(pairs)))
-    verdicts = Verdicts(*(torch.cat([getattr(part, name) for part in parts]) for name in ("p", "first_at_a", "first_at_b")),
-                        sum(part.cut for part in parts), sum(part.off for part in parts))
-    if verdicts.off:
-        print(f"{verdicts.off} of {2 * len(pairs)} answers: less than half of the judge's probability is on A and B together")
+    verdicts = Verdicts.join(parts)
+    if verdicts.not_a_or_b:
+        print(f"{verdicts.not_a_or_b} of {2 * len(pairs)} answers: less than half of the judge's probability is "
+              f"on A and B together")
     if settings.data is not None:
-        lengths = [(len(tokenizer.encode(a)), len(tokenizer.encode(b))) for _, a, b in pairs]
-        result = report(verdicts, lengths)
+        result = report(verdicts, [(len(tokenizer.encode(a)), len(tokenizer.encode(b))) for _, a, b in pairs])
     else:
         result = win_rate(verdicts, groups)
         if verdicts.cut:
             print(f"{verdicts.cut} of {len(pairs)} comparisons were shortened to the judge's context")
-    print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}))
+    result = {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

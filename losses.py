@@ -1,14 +1,17 @@
 """The formulas of both papers as pure functions: tensors (N,) in, one value per example (N,) out.
 
-Paper 1 is "Direct Alignment of Language Models via Quality-Aware Self-Refinement" (Sr-DPO, Sr-IPO; arXiv 2405.21040),
-paper 2 "Online Self-Preferring Language Models" (OSP, SPCE; arXiv 2405.14103).
+Paper 1 is "Direct Alignment of Language Models via Quality-Aware Self-Refinement" (Sr-DPO, Sr-IPO; arXiv
+2405.21040), paper 2 "Online Self-Preferring Language Models" (OSP, SPCE; arXiv 2405.14103).
 
-A log-probability of a response is the SUM over its tokens, the end-of-text token included. Everything starts from
+A log-probability of a response is the SUM over its tokens, the end-of-text token included. Everything starts
+from
 
     margin  h = [log π(y⁺|x) - log π_ref(y⁺|x)] - [log π(y⁻|x) - log π_ref(y⁻|x)]        without β
 
-and h_p, the same with the query x behind the refinement prompt p. The mean over a batch is taken by the caller, because
-only it knows the global batch. Letters: N pairs, M supervised tokens, S sequences, D width, V vocabulary.
+and h_p, the same with the query x after the refinement prompt p. The caller takes the mean over a batch:
+only it knows the global batch.
+
+Letters: N pairs, M supervised tokens, S sequences, D width, V vocabulary.
 """
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 HEAD_CHUNK = 512       # supervised tokens whose (tokens, V) logits stand in memory at a time
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Log-probabilities
 
 def chunk_logprobs(head, hidden, tokens):
@@ -28,7 +31,7 @@ def chunk_logprobs(head, hidden, tokens):
 
 
 def token_logprobs(head, hidden, tokens):
-    """The same for any M in bounded memory: logits exist for one chunk at a time and are made again for the gradient.
+    """The same for any M in bounded memory: logits exist a chunk at a time, made again for the gradient.
 
     Those of the last chunk are kept: its gradient comes first, so they never stand beside another chunk's.
     """
@@ -40,16 +43,17 @@ def token_logprobs(head, hidden, tokens):
 
 
 def logprobs_by_token(net, forest, starts):
-    """log π(token | what stands before it) of each sequence's supervised tokens, one sequence behind the other: (M,).
+    """log π(token | what stands before it) of supervised tokens, one sequence after the other: (M,).
 
-    forest: data.pack of S sequences; starts: S integers >= 1, the lengths of the prompts. A token that several
-    sequences share is computed once; the head runs on supervised positions only.
+    forest: forest.pack of S sequences; starts: S integers >= 1, the lengths of the prompts. A token that
+    several sequences share is computed once; the head runs on supervised positions only.
     """
     device = net.embed.weight.device
     supervised = [path[start:] for path, start in zip(forest.paths, starts)]
     nodes, which = torch.unique(torch.cat(supervised), return_inverse=True)
-    hidden = net.read(forest)
-    values = token_logprobs(net.head, hidden[forest.parent[nodes].to(device)], forest.tokens[nodes].to(device))
+    hidden = net.hidden(forest)
+    before = hidden[forest.parent[nodes].to(device)]
+    values = token_logprobs(net.head, before, forest.tokens[nodes].to(device))
     return values[which.to(device)]
 
 
@@ -66,11 +70,11 @@ def margins(policy, reference):
     return (policy[0] - reference[0]) - (policy[1] - reference[1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Losses
 
 def sft(logprob):
-    """Negative log-likelihood (N,) of responses, summed over tokens; the caller divides by the batch's tokens.
+    """Negative log-likelihood (N,) of a response, summed over tokens; the caller divides by a batch's tokens.
 
     A response of two tokens with probabilities ½ and ¼: ln 2 + ln 4 = 2.0794.
     """
@@ -96,7 +100,7 @@ def ipo(margin, beta):
 def refinement(augmented_margin, beta):
     """Δπ(y⁻, y⁺; x) = β h_p, a constant to the optimizer: paper 1, eq. 12.
 
-    β = ½ and log-ratios of +1 for y⁺ and -2 for y⁻ behind p⊕x: h_p = 3, Δ = 1.5.
+    β = ½ and log-ratios of +1 for y⁺ and -2 for y⁻ after p⊕x: h_p = 3, Δ = 1.5.
     """
     return beta * augmented_margin.detach()
 
@@ -122,10 +126,11 @@ def sr_ipo(margin, delta, beta, lam, delta_scale="printed"):
 def spce(margin, strength, beta):
     """-[p log p̂ + (1 - p) log(1 - p̂)] with p̂ = σ(β h): paper 2, eq. 8, printed there without the minus.
 
-    strength (N,) is p, the judge's probability that the first response is better: a constant to the optimizer.
+    strength (N,) is p, the judge's probability that the first response is better: constant to the optimizer.
     h = 2, β = ½, p = ¾: -(¾ log 0.7311 + ¼ log 0.2689) = 0.5633. The gradient is β (p̂ - p) dh (eq. 9).
     """
-    return F.binary_cross_entropy_with_logits(beta * margin, strength.detach().to(margin.dtype), reduction="none")
+    strength = strength.detach().to(margin.dtype)
+    return F.binary_cross_entropy_with_logits(beta * margin, strength, reduction="none")
 
 
 def sr_spce(margin, delta, strength, beta, lam):
@@ -137,7 +142,7 @@ def sr_spce(margin, delta, strength, beta, lam):
     return F.binary_cross_entropy_with_logits(logit, strength.detach().to(margin.dtype), reduction="none")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Metrics: per example, natural units
 
 def strength_hat(margin, beta):
@@ -151,7 +156,7 @@ def correct(margin):
 
 
 def refined_margin(margin, delta, beta, lam, delta_scale="logistic"):
-    """What the refined losses hold flat: h - λΔ/β for the logistic ones and for exact Sr-IPO, h - λΔ for printed Sr-IPO.
+    """What the refined losses hold flat: h - λΔ/β (logistic ones, exact Sr-IPO) or h - λΔ (printed Sr-IPO).
 
     h = 2, Δ = 1, β = ½, λ = ½: 2 - 1 = 1; printed Sr-IPO: 1.5.
     """

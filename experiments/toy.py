@@ -1,13 +1,14 @@
-"""The embedded world: short texts whose true quality is known, so that everything here can be checked with no download.
+"""The embedded world: short texts whose true quality is known, so that everything here can be checked
+offline.
 
     torchrun train.py                       base model → SFT → judge → OSP, then a table: before and after
     torchrun train.py --toy_family=neox     the same with GPT-NeoX and a byte-level tokenizer
     torchrun train.py --recipe=sr-dpo       … → SFT → Sr-DPO; --recipe=sft and --recipe=judge stop there
-    torchrun rlhf.py                        … → SFT → reward model → PPO
+    torchrun -m experiments.rlhf            … → SFT → reward model → PPO
 
-A prompt joins a wish, a topic and a time ("A calm line about the sea at dawn:"), a response is a handful of words
-("calm waves tide shells dawn thanks"), and `reward` says how good it is. Every stage is an ordinary run of train.py
-on files written to out_dir/world; its command line is printed, and can be typed.
+A prompt joins a wish, a topic and a time ("A calm line about the sea at dawn:"), a response is a handful of
+words ("calm waves tide shells dawn thanks"), and `reward` says how good it is. Every stage is an ordinary run
+of train.py on files written to out_dir/world; its command line is printed, and can be typed.
 """
 import dataclasses
 import io
@@ -23,16 +24,19 @@ import numpy as np
 import sentencepiece
 import torch
 
-import data
+import forest
 import judge
 import losses
 import model
 import sample
-import train
-from experiments import rlhf
-from support import checkpoint, cli
+from data import REFINEMENT_PROMPT
+from recipes import RECIPES
+from support import cli, disk
+from support.ranks import Ranks
+from support.rows import read_rows
+from support.tokenizer import BYTE_OF, load_tokenizer
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The world
 
 def table(text):
@@ -66,13 +70,15 @@ CRAFTS = table("""
     cycling: pedals helmets brakes tyres saddles gears
     astronomy: planets comets telescopes moons orbits galaxies
     carpentry: saws chairs tables benches drawers oak""")
-TIMES = {"at": "dawn noon dusk night".split(), "in": "spring summer autumn winter".split()}
-TIMES = [f"{word} {time}" for word in TIMES for time in TIMES[word]]
+TIMES = ([f"at {time}" for time in "dawn noon dusk night".split()] +
+         [f"in {season}" for season in "spring summer autumn winter".split()])
 WISHES = "calm cheerful grand funny curious tender lively simple".split()
 POLITE = "thanks please welcome friend dear cheers".split()
 RUDE = "boring whatever meh ugh nonsense yawn".split()
+WORDS = [word for row in (*TOPICS.values(), *CRAFTS.values(), POLITE, RUDE) for word in row]
 
-FRAMES = {"lines": ("A {wish} line about {topic} {time}:", TOPICS), "advice": ("{wish} advice on {topic} {time}:", CRAFTS)}
+FRAMES = {"lines": ("A {wish} line about {topic} {time}:", TOPICS),
+          "advice": ("{wish} advice on {topic} {time}:", CRAFTS)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,17 +106,20 @@ BEST = 4.5
 def reward(prompt, response):
     """r*(x, y), the true reward in [-1, 1] of a response (text) to one of PROMPTS (text).
 
-    The first three different on-topic nouns count 1 each; a word that fits the wish, one that fits the time, and a
-    polite one ½ each, once. A rude word costs 1, any other word ½, a repeated one ½, and each word beyond the sixth ¼.
-    So longer is better up to six words, and worse after. The sum is divided by its maximum, 4½, and cut off at -1.
+    The first three different on-topic nouns count 1 each; a word that fits the wish, one that fits the time,
+    and a polite one ½ each, once. A rude word costs 1, any other word ½, a repeated one ½, and each word
+    after the sixth ¼. So longer is better up to six words, and worse after. The sum is divided by its
+    maximum, 4½, and cut off at -1.
     """
     return max(sum(marks(prompt, response)) / BEST, -1.0)
 
 
 def marks(prompt, response):
     """What each word adds to the sum."""
-    prompt, seen, found = PROMPTS[prompt], set(), []
-    room = [[prompt.nouns, 1.0, 3], [[prompt.wish], 0.5, 1], [[prompt.time.split()[1]], 0.5, 1], [POLITE, 0.5, 1]]
+    prompt, seen, values = PROMPTS[prompt], set(), []
+    time = prompt.time.split()[1]
+    # [words, what one is worth, how many still count]
+    room = [[prompt.nouns, 1.0, 3], [[prompt.wish], 0.5, 1], [[time], 0.5, 1], [POLITE, 0.5, 1]]
     for place, word in enumerate(response.split()):
         value = -1.0 if word in RUDE else -0.5
         for fitting in room:
@@ -118,28 +127,24 @@ def marks(prompt, response):
                 value = fitting[1] if fitting[2] else 0.0
                 fitting[2] -= fitting[2] > 0
         seen.add(word)
-        found.append(value - 0.25 * (place >= 6))
-    return found
+        values.append(value - 0.25 * (place >= 6))
+    return values
 
 
 def write_response(prompt, rng, skill=(0.4, 0.4)):
-    """A response as people write them, good or bad: a hidden skill decides how often each word fits, and how many come.
-
-    The skilled write more, so in the data longer responses are better ones.
-    """
+    """A response as people write them, good or bad: a hidden skill decides how often each word fits, and how
+    many come. The skilled write more, so in the data longer responses are better ones."""
     skill = rng.beta(*skill)
 
     def fits():
         return rng.random() < 0.1 + 0.85 * skill
 
-    def other_row(table, own):
-        return table[rng.choice([key for key in table if key != own])]
-
     words = []
     if rng.random() < 0.3 + 0.5 * skill:
         words.append(prompt.wish if fits() else rng.choice(WISHES))
     topics = FRAMES[prompt.domain][1]
-    own, astray = list(rng.permutation(prompt.nouns)), list(rng.permutation(other_row(topics, prompt.topic)))
+    own = list(rng.permutation(prompt.nouns))
+    astray = list(rng.permutation(topics[rng.choice([topic for topic in topics if topic != prompt.topic])]))
     for _ in range(rng.integers(1, 4) + rng.binomial(2, 0.2 + 0.3 * skill) + (rng.random() < 0.15)):
         words.append((own if fits() else astray).pop())
     if rng.random() < 0.25 * (1 - skill):
@@ -150,30 +155,19 @@ def write_response(prompt, rng, skill=(0.4, 0.4)):
         words.append((prompt.time if fits() else rng.choice(TIMES)).split()[1])
     if rng.random() < 0.2 + 0.5 * skill:
         words.append(rng.choice(POLITE))
-    return " ".join(str(w) for w in words)
+    return " ".join(str(word) for word in words)
 
 
-CROWD = (0.4, 1.2)                 # the skill of those who wrote the SFT data: most are not good at it
+# ------------------------------------------------------------------------------------------------------------
+# Its files
 
-
-def rate(rewards):
-    """Ratings out of 100 of many responses: 1, 25, 50, 75 or 100, for the fifth of them that each one falls into."""
-    order = np.argsort(np.argsort(rewards, kind="stable"), kind="stable")
-    return np.array([1, 25, 50, 75, 100])[order * 5 // len(rewards)]
-
-
-def marked(prompt, response):
-    """The response with a + or - behind each word."""
-    return " ".join(f"{word} {'+' if mark > 0 else '-'}" for word, mark in zip(response.split(), marks(prompt, response)))
-
-
-# How many rows of each file; what stands in no training file at all are the held-out combinations of wish, topic and time.
+# Rows per file. What stands in no training file at all are the held-out combinations of wish, topic and time.
 ROWS = dict(texts=16000, sft=6000, pairs=8000, blanks=2000, held_out=512, advice=128, eval=512)
-SHARPNESS = 5.0                    # of the labellers: P(y ≻ y′) = σ(5 (r − r′)), so about every sixth label is wrong
-
-
-# Plain, rated, and two responses marked word by word, as a teacher would: a third of the texts each. The marks are what a
-# small model learns "fits the prompt" from; without them the judge stays near chance for long.
+CROWD = (0.4, 1.2)                 # the skill of those who wrote the SFT data: most are not good at it
+SHARPNESS = 5.0                    # of the labellers: P(y ≻ y′) = σ(5 (r − r′)); every sixth label is wrong
+# Plain, rated, and two responses marked word by word, as a teacher would: a third of the texts each. The
+# marks are what a small model learns "fits the prompt" from; without them the judge stays near chance for
+# long.
 RATED = ("{x} {y}", "{p} {x} {y}", "{x}\n\n1: {marked}\n\n2: {other}")
 
 
@@ -182,91 +176,106 @@ def split(seed):
     lines = [prompt for prompt in PROMPTS.values() if prompt.domain == "lines"]
     order = np.random.default_rng([seed, 0]).permutation(len(lines))
     held_out = [lines[i] for i in order[:ROWS["held_out"]]]
-    return [lines[i] for i in order[ROWS["held_out"]:]], held_out, [p for p in PROMPTS.values() if p.domain == "advice"]
+    advice = [prompt for prompt in PROMPTS.values() if prompt.domain == "advice"]
+    return [lines[i] for i in order[ROWS["held_out"]:]], held_out, advice
 
 
 def draw(prompts, number, rng, skill=(0.4, 0.4)):
     """(prompt text, response, reward) of `number` responses to random prompts."""
-    found = []
+    drawn = []
     for i in rng.integers(len(prompts), size=number):
         response = write_response(prompts[i], rng, skill)
-        found.append((prompts[i].text, response, reward(prompts[i].text, response)))
-    return found
+        drawn.append((prompts[i].text, response, reward(prompts[i].text, response)))
+    return drawn
+
+
+def labelled(text, a, b, difference, rng):
+    """A row whose label is drawn by Bradley–Terry from the difference of the true rewards of a and b."""
+    if rng.random() >= 1 / (1 + math.exp(-SHARPNESS * difference)):
+        a, b = b, a
+    return {"prompt": text, "chosen": a and " " + a, "rejected": b and " " + b}
 
 
 def label_pairs(prompts, number, rng):
-    """Human pairs: two responses to a prompt, the label drawn by Bradley–Terry from the true rewards."""
+    """Human pairs: two responses to a prompt."""
     rows = []
     while len(rows) < number:
         (text, a, r), = draw(prompts, 1, rng)
         b = write_response(PROMPTS[text], rng)
         if a != b:
-            a_wins = rng.random() < 1 / (1 + math.exp(-SHARPNESS * (r - reward(text, b))))
-            rows.append({"prompt": text, "chosen": " " + (a if a_wins else b), "rejected": " " + (b if a_wins else a)})
+            rows.append(labelled(text, a, b, r - reward(text, b), rng))
     return rows
 
 
 def label_blanks(prompts, number, rng):
     """The same with one slot empty (silence has the reward 0): the judge is to be asked such questions."""
-    rows = []
-    for text, a, r in draw(prompts, number, rng):
-        a_wins = rng.random() < 1 / (1 + math.exp(-SHARPNESS * r))
-        rows.append({"prompt": text, "chosen": " " + a if a_wins else "", "rejected": "" if a_wins else " " + a})
+    return [labelled(text, a, "", r, rng) for text, a, r in draw(prompts, number, rng)]
+
+
+def base_texts(train, advice, rng):
+    """What the base model reads, of both domains: what belongs together, and responses, some of them rated,
+    as the web holds reviews: without them p means nothing to it."""
+    def marked(x, y):
+        return " ".join(f"{word} {'+' if mark > 0 else '-'}" for word, mark in zip(y.split(), marks(x, y)))
+
+    texts = draw(train, ROWS["texts"] * 3 // 4, rng[0]) + draw(advice, ROWS["texts"] // 4, rng[1])
+    # Ratings out of 100: 1, 25, 50, 75 or 100, for the fifth of all rewards that each falls into.
+    order = np.argsort(np.argsort([r for _, _, r in texts], kind="stable"), kind="stable")
+    ratings, rows = np.array([1, 25, 50, 75, 100])[order * 5 // len(texts)], []
+    for i, ((x, y, _), rating) in enumerate(zip(texts, ratings)):
+        p, other = REFINEMENT_PROMPT.replace("100", str(rating), 1), write_response(PROMPTS[x], rng[8])
+        rows.append({"text": RATED[i % 3].format(p=p, x=x, y=y, marked=marked(x, y), other=marked(x, other))})
+    kinds = [*TOPICS.items(), *CRAFTS.items(), ("polite", POLITE), ("rude", RUDE)]
+    for i in rng[8].integers(len(kinds), size=ROWS["texts"] // 4):
+        rows.append({"text": f"{kinds[i][0]}: {' '.join(rng[8].permutation(kinds[i][1]))}"})
     return rows
 
 
 def world(seed):
     """{file name: rows}, a pure function of the seed."""
+    def responses(drawn):
+        return [{"prompt": x, "response": " " + y} for x, y, _ in drawn]
+
     train, held_out, advice = split(seed)
     rng = [np.random.default_rng([seed, 1, i]) for i in range(9)]
-    # What the base model reads, of both domains: what belongs together, and responses, some of them rated, as the web
-    # holds reviews: without them p means nothing to it.
-    texts = draw(train, ROWS["texts"] * 3 // 4, rng[0]) + draw(advice, ROWS["texts"] // 4, rng[1])
-    ratings = rate([r for _, _, r in texts])
-    rated = []
-    for i, ((x, y, _), n) in enumerate(zip(texts, ratings)):
-        p, other = data.REFINEMENT_PROMPT.replace("100", str(n), 1), write_response(PROMPTS[x], rng[8])
-        rated.append({"text": RATED[i % 3].format(p=p, x=x, y=y, marked=marked(x, y), other=marked(x, other))})
-    kinds = [*TOPICS.items(), *CRAFTS.items(), ("polite", POLITE), ("rude", RUDE)]
-    for i in rng[8].integers(len(kinds), size=ROWS["texts"] // 4):
-        rated.append({"text": f"{kinds[i][0]}: {' '.join(rng[8].permutation(kinds[i][1]))}"})
     return {
-        "texts": rated,
-        "sft": [{"prompt": x, "response": " " + y} for x, y, _ in draw(train, ROWS["sft"], rng[2], CROWD)],
+        "texts": base_texts(train, advice, rng),
+        "sft": responses(draw(train, ROWS["sft"], rng[2], CROWD)),
         "pairs": label_pairs(train, ROWS["pairs"], rng[3]),
         "blanks": label_blanks(train, ROWS["blanks"], rng[4]),
         "prompts": [{"prompt": prompt.text} for prompt in train],
-        "eval_sft": [{"prompt": x, "response": " " + y} for x, y, _ in draw(held_out, ROWS["eval"], rng[5], CROWD)],
+        "eval_sft": responses(draw(held_out, ROWS["eval"], rng[5], CROWD)),
         "eval_pairs": label_pairs(held_out, ROWS["eval"], rng[6]),
         "eval_prompts": [{"prompt": prompt.text} for prompt in held_out],
         "eval_advice": [{"prompt": advice[i].text} for i in rng[7].permutation(len(advice))[:ROWS["advice"]]],
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tokenizer and model
 
 VOCABULARY = 1536                  # enough for each word of the world to be one token
 
 
 def corpus():
-    """What the tokenizers learn from: the world's words, its prompts, and the instructions the model will read."""
-    words = [w for table in (TOPICS, CRAFTS) for row in table.values() for w in row] + POLITE + RUDE
-    texts = ["words: " + " ".join(words)] * 8 + list(PROMPTS)[::8]
-    texts += [data.REFINEMENT_PROMPT, " + - + -\n\n1: -\n\n2: +"] * 8 + [f"rating of {n}" for n in range(10, 101, 10)] * 8
-    return texts + list(judge.TEMPLATES.values()) * 8
+    """What the tokenizers learn from: the world's words, its prompts, and the instructions the model will
+    read."""
+    often = [REFINEMENT_PROMPT, " + - + -\n\n1: -\n\n2: +"] * 8
+    often += [f"rating of {n}" for n in range(10, 101, 10)] * 8 + list(judge.TEMPLATES.values()) * 8
+    return ["words: " + " ".join(WORDS)] * 8 + list(PROMPTS)[::8] + often
 
 
 def write_sentencepiece(folder, texts, vocabulary):
-    """tokenizer.model with so many pieces of the texts, as Llama has it; byte pieces stand for what the vocabulary lacks."""
+    """tokenizer.model with so many pieces of the texts, as Llama has it; byte pieces stand for what it
+    lacks."""
     content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=content, model_type="bpe", vocab_size=vocabulary, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1,
-        minloglevel=2)
+        sentence_iterator=iter(texts), model_writer=content, model_type="bpe", vocab_size=vocabulary,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        character_coverage=1.0, num_threads=1, minloglevel=2)
     (folder / "tokenizer.model").write_bytes(content.getvalue())
-    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    return names | dict(tokenizer_class="LlamaTokenizer", add_bos_token=True, add_eos_token=False, legacy=False)
+    return dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", tokenizer_class="LlamaTokenizer",
+                add_bos_token=True, add_eos_token=False, legacy=False)
 
 
 def merge_pairs(words, number):
@@ -294,43 +303,44 @@ def merge_pairs(words, number):
 
 def write_byte_level(folder, texts, vocabulary):
     """tokenizer.json with so many pieces of the texts, as GPT-NeoX has it: byte-level BPE."""
-    shown = {byte: char for char, byte in data.BYTE_OF.items()}
-    words = {}
+    shown, words, end = {byte: char for char, byte in BYTE_OF.items()}, {}, "<|endoftext|>"
     for word in re.findall(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s", "\n".join(texts)):
         word = "".join(shown[byte] for byte in word.encode())
         words[word] = words.get(word, 0) + 1
-    end = "<|endoftext|>"
-    vocab = [end, *(shown[byte] for byte in range(256))]
-    merges = merge_pairs(words, vocabulary - len(vocab))
-    vocab = {piece: id for id, piece in enumerate(dict.fromkeys(vocab + [a + b for a, b in merges]))}
-    special = dict(id=0, content=end, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    pieces = [end, *(shown[byte] for byte in range(256))]
+    merges = merge_pairs(words, vocabulary - len(pieces))
+    pieces = dict.fromkeys(pieces + [a + b for a, b in merges])
+    special = dict(id=0, content=end, single_word=False, lstrip=False, rstrip=False, normalized=False,
+                   special=True)
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    bpe = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+               end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
+               vocab={piece: id for id, piece in enumerate(pieces)}, merges=[f"{a} {b}" for a, b in merges])
     write_json(folder / "tokenizer.json", dict(
-        version="1.0", truncation=None, padding=None, added_tokens=[special], normalizer=None, pre_tokenizer=byte_level,
-        post_processor=None, decoder=byte_level,
-        model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-                   fuse_unk=False, byte_fallback=False, vocab=vocab, merges=[f"{a} {b}" for a, b in merges])))
+        version="1.0", truncation=None, padding=None, added_tokens=[special], normalizer=None,
+        pre_tokenizer=byte_level, post_processor=None, decoder=byte_level, model=bpe))
     return dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=end, eos_token=end, unk_token=end)
 
 
 TOKENIZERS = {"llama": write_sentencepiece, "neox": write_byte_level}
-SHAPE = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=256,
-             vocab_size=VOCABULARY)
+SHAPE = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
+             max_position_embeddings=256, vocab_size=VOCABULARY)
 
 
 def write_model(folder, family, seed, texts=None, shape=None):
-    """An untrained model folder: tokenizer, config.json, weights. texts: what the tokenizer learns from, by default this
-    world's; shape: keys of config.json, by default SHAPE."""
+    """An untrained model folder: tokenizer, config.json, weights. texts: what the tokenizer learns from, by
+    default this world's; shape: keys of config.json, by default SHAPE."""
     texts, shape = texts or corpus(), shape or SHAPE
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "tokenizer_config.json", TOKENIZERS[family](folder, texts, shape["vocab_size"]))
-    tokenizer = data.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     raw = shape | dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
     if family == "llama":
-        raw |= dict(model_type="llama", architectures=["LlamaForCausalLM"], rms_norm_eps=1e-5, tie_word_embeddings=True)
+        raw |= dict(model_type="llama", architectures=["LlamaForCausalLM"], rms_norm_eps=1e-5,
+                    tie_word_embeddings=True)
     else:
-        raw |= dict(model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"], hidden_act="gelu", rotary_pct=0.25,
-                    intermediate_size=4 * shape["hidden_size"], use_parallel_residual=True)
+        raw |= dict(model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"], hidden_act="gelu",
+                    rotary_pct=0.25, intermediate_size=4 * shape["hidden_size"], use_parallel_residual=True)
     model.save(model.Transformer(model.parse_config(raw)).initialise(seed), folder)
 
 
@@ -343,22 +353,24 @@ def write_rows(path, rows):
 
 
 def write_world(folder, family, seed):
-    """All files of the job: folder/*.jsonl, the untrained folder/model, and at the end what they were made from, world.json."""
+    """All files of the job: folder/*.jsonl, the untrained folder/model, and last what they were made from,
+    world.json."""
     (folder / "world.json").unlink(missing_ok=True)
     shutil.rmtree(folder / "model", ignore_errors=True)        # the other family's tokenizer must not stay
+    folder.mkdir(parents=True, exist_ok=True)
     for name, rows in world(seed).items():
-        folder.mkdir(parents=True, exist_ok=True)
         write_rows(folder / f"{name}.jsonl", rows)
     write_model(folder / "model", family, seed)
     write_json(folder / "world.json", dict(family=family, seed=seed))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The job
 
-# What each stage adds to train.py's defaults: found by trial at this size, the same for all seeds. The papers' learning rates
-# are for models a thousand times larger. OSP is fast: its strengths approach ½ after some 40 steps, when samples grow alike.
-# PPO's learned reward stops rising after some 25 (64 samples each), and so does its KL.
+# What each stage adds to train.py's defaults: found by trial at this size, the same for all seeds. The
+# papers' learning rates are for models a thousand times larger. OSP is fast: its strengths approach ½ after
+# some 40 steps, when samples grow alike. PPO's learned reward stops rising after some 25 (64 samples each),
+# and so does its KL.
 STAGES = {
     "base":  dict(steps=400, batch_size=64, lr=2e-3, lr_schedule="cosine", warmup_steps=20),
     "sft":   dict(steps=60, batch_size=64, lr=3e-4, lr_schedule="cosine", eval_every=20),
@@ -370,160 +382,187 @@ STAGES = {
 }
 
 
-def plan(settings):
-    """{stage name: settings of train.py} in order: what leads to the settings' recipe, and that recipe itself.
-
-    What the user gave goes to the last stage; what concerns the whole job (seed, device, …) to all of them.
-    """
-    out = Path(settings.out_dir)
-    world, final = out / "world", {name: str(out / name / "final") for name in (*train.RECIPES, *rlhf.RECIPES, "base")}
+def stages(settings):
+    """{stage name: recipe, model and files} in order: what leads to the settings' recipe, and that recipe
+    itself."""
+    out, name = Path(settings.out_dir), settings.recipe
 
     def files(*names):
-        return [str(world / f"{name}.jsonl") for name in names]
+        return [str(out / "world" / f"{name}.jsonl") for name in names]
 
-    recipe = settings.recipes[settings.recipe]
-    chain = {"base": dict(recipe="sft", model=str(world / "model"), data=files("texts")),
-             "sft": dict(recipe="sft", model=final["base"], data=files("sft"), eval_data=files("eval_sft"))}
-    if settings.recipe == "judge" or recipe.has_judge:
+    def final(name):
+        return str(out / name / "final")
+
+    recipe = RECIPES.get(name)                     # None: reward and rlhf are no rows of that table
+    chain = {"base": dict(recipe="sft", model=str(out / "world" / "model"), data=files("texts")),
+             "sft": dict(recipe="sft", model=final("base"), data=files("sft"), eval_data=files("eval_sft"))}
+    if name == "judge" or recipe and recipe.has_judge:
         # A fifth of the SFT rows among the instructions, so that the model does not unlearn to answer.
-        chain["judge"] = dict(recipe="judge", model=final["sft"], eval_data=files("eval_pairs"),
-                              data=files("pairs", "blanks") + [f"{world / 'sft.jsonl'}:0.2"])
-    if recipe.pairs == "spin":
-        chain["spin"] = dict(recipe="spin", model=final["sft"], data=files("sft"))
-    elif recipe.has_judge:
-        chain[settings.recipe] = dict(recipe=settings.recipe, model=final["judge"],
-                                      **(dict(prompts=files("prompts")) if recipe.online else dict(data=files("pairs"))))
-    elif recipe.pairs == "dataset" or settings.recipe == "rlhf":
-        name = "reward" if settings.recipe == "rlhf" else settings.recipe
-        chain[name] = dict(recipe=name, model=final["sft"], data=files("pairs"), eval_data=files("eval_pairs"))
-    if settings.recipe == "rlhf":
-        chain["rlhf"] = dict(recipe="rlhf", model=final["sft"], reward=final["reward"], prompts=files("prompts"),
-                             eval_data=files("eval_prompts"))
+        chain["judge"] = dict(recipe="judge", model=final("sft"), eval_data=files("eval_pairs"),
+                              data=[*files("pairs", "blanks"), files("sft")[0] + ":0.2"])
+    if recipe and recipe.pairs == "spin":
+        chain[name] = dict(recipe=name, model=final("sft"), data=files("sft"))
+    elif recipe and recipe.has_judge:
+        source = dict(prompts=files("prompts")) if recipe.online else dict(data=files("pairs"))
+        chain[name] = dict(recipe=name, model=final("judge"), **source)
+    elif recipe is None or recipe.pairs == "dataset":
+        pairs = "reward" if name == "rlhf" else name
+        chain[pairs] = dict(recipe=pairs, model=final("sft"), data=files("pairs"),
+                            eval_data=files("eval_pairs"))
+    if name == "rlhf":
+        chain[name] = dict(recipe=name, model=final("sft"), reward=final("reward"), prompts=files("prompts"),
+                           eval_data=files("eval_prompts"))
+    return chain
+
+
+def plan(settings):
+    """{stage name: its settings} in order. What the user gave goes to the last stage; what concerns the whole
+    job (seed, device, …) to all of them."""
+    chain, recipe = stages(settings), RECIPES.get(settings.recipe)
+    other = STAGES["osp" if recipe and recipe.online else "dpo"]
+    whole = {key: value for key, value in settings.given.items()
+             if key in ("seed", "device", "dtype", "resume", "toy_family")}
     for name, stage in chain.items():
-        whole = {key: settings.given[key] for key in ("seed", "device", "dtype", "resume", "toy_family")
-                 if key in settings.given}
-        own = settings.given if name == list(chain)[-1] else whole
-        preset = STAGES.get(name, STAGES["osp" if recipe.online else "dpo"])
+        given = settings.given if name == list(chain)[-1] else whole
         # All pairs of a step at once: these models are so small that calls cost more than numbers.
-        chain[name] = {"micro_batch_size": 64, **preset, **stage, **own, "out_dir": str(out / name)}
+        chain[name] = {"micro_batch_size": 64, **STAGES.get(name, other), **stage, **given,
+                       "out_dir": str(Path(settings.out_dir) / name)}
     return chain
 
 
 def command_line(stage):
-    settings = [f"--{key}={','.join(value) if isinstance(value, list) else value}" for key, value in stage.items()]
-    return " ".join(["rlhf.py" if stage["recipe"] in rlhf.RECIPES else "train.py", *settings])
+    program = "train.py" if stage["recipe"] in RECIPES else "-m experiments.rlhf"
+    return " ".join(["torchrun", program, *(f"--{key}={cli.typed(value)}" for key, value in stage.items())])
 
 
 def sample_all(net, tokenizer, prompts, settings, stream, k=2):
-    """k samples of a network for each prompt (text), with the stage's temperature and top_p: lists of sample.Sample.
+    """k samples of a network for each prompt (text), with the stage's temperature and top_p: lists of
+    sample.Sample.
 
-    A pure function of the seed: the uniforms belong to (seed, stream, prompt), far from training's streams (its steps).
+    A pure function of the seed: the uniforms belong to (seed, stream, prompt), far from training's streams
+    (its steps).
     """
-    stop_ids, allowed = sample.stopping(tokenizer, "hh", net.config)
-    found = []
-    for start in range(0, len(prompts), 64):
-        batch = range(start, min(start + 64, len(prompts)))
-        ids = [tokenizer.prefix(False) + tokenizer.encode(prompts[i]) for i in batch]
-        uniform = torch.stack([sample.uniforms(settings.seed, 10 ** 6 + stream, i, k, settings.max_tokens or 16)
-                               for i in batch])
-        found += sample.generate(net, ids, uniform, stop_ids, allowed, settings.temperature, settings.top_p)
-    return found
+    ids = [tokenizer.prefix(False) + tokenizer.encode(prompt) for prompt in prompts]
+    return list(sample.sample_prompts(
+        net, ids, k, settings.max_tokens or 16, settings.seed, 10 ** 6 + stream,
+        *sample.stopping(tokenizer, "hh", net.config), settings.temperature, settings.top_p, at_a_time=64))
 
 
 @torch.no_grad()
 def divergence(policy, reference, tokenizer, prompts, samples):
-    """Mean of Σ log π - log π_ref over the samples, in nats a response: both at temperature 1, as train.py's `kl`."""
-    total = []
+    """Mean of Σ log π - log π_ref over the samples, in nats per response: both at temperature 1, as
+    train.py's `kl`."""
+    differences = []
     for prompt, group in zip(prompts, samples):
         x = tokenizer.prefix(False) + tokenizer.encode(prompt)
-        forest, starts = data.pack([x + one.ids for one in group]), [len(x)] * len(group)
-        total.append(losses.logprobs(policy, forest, starts) - losses.logprobs(reference, forest, starts))
-    return float(torch.cat(total).mean())
+        packed, starts = forest.pack([x + one.ids for one in group]), [len(x)] * len(group)
+        ours, theirs = (losses.logprobs(net, packed, starts) for net in (policy, reference))
+        differences.append(ours - theirs)
+    return float(torch.cat(differences).mean())
 
 
 def judge_report(folder, world):
-    """The judge on held-out pairs with fresh Bradley–Terry labels: judge.report's figures, and `true_order`, how often it
-    picks the response whose true reward is higher."""
+    """The judge on held-out pairs with fresh Bradley–Terry labels: judge.report's figures, and `true_order`,
+    how often it picks the response whose true reward is higher."""
     net, tokenizer = sample.load_model(folder, "float32", "cpu")
-    rows, _ = data.read_rows(world / "eval_pairs.jsonl", "pairs")
-    questioner = judge.Questioner(tokenizer, "helpful", net.config.context)
-    verdicts = judge.compare(net, questioner, [(row.prompt, row.chosen, row.rejected) for row in rows])
-    true = np.array([np.sign(reward(row.prompt, row.chosen) - reward(row.prompt, row.rejected)) for row in rows])
+    rows, _ = read_rows(world / "eval_pairs.jsonl", "pairs")
+    asked = [(row.prompt, row.chosen, row.rejected) for row in rows]
+    verdicts = judge.compare(net, judge.JudgePrompt(tokenizer, "helpful", net.config.context), asked)
+    true = np.array([np.sign(reward(x, chosen) - reward(x, rejected)) for x, chosen, rejected in asked])
     said = np.sign(verdicts.p.numpy() - 0.5)
-    lengths = [(len(row.chosen.split()), len(row.rejected.split())) for row in rows]
+    lengths = [(len(chosen.split()), len(rejected.split())) for _, chosen, rejected in asked]
     return judge.report(verdicts, lengths) | {"true_order": float((said == true)[true != 0].mean())}
 
 
-def results(out, stages, settings):
-    """The table of the stages' models on held-out prompts, as text."""
-    rows, _ = data.read_rows(out / "world" / "eval_prompts.jsonl", "prompts")
-    prompts = [row.prompt for row in rows]
-    names = [name for name in stages if name not in ("base", "reward")]
+def stage_lines(out, names, prompts, settings):
+    """The table's line of each stage: reward, wins, KL and length of its model's samples."""
     nets, scores, lines = {}, {}, []
+
+    def wins(name, other):
+        won = ((scores[name] > scores[other]) + 0.5 * (scores[name] == scores[other])).mean(1)
+        return f"{100 * won.mean():5.1f} ± {196 * won.std(ddof=1) / math.sqrt(len(won)):.1f}"
+
     for stream, name in enumerate(names):
         nets[name], tokenizer = sample.load_model(out / name / "final", "float32", "cpu")
         samples = sample_all(nets[name], tokenizer, prompts, settings, stream)
         scores[name] = np.array([[reward(x, sample.response_text(tokenizer, one)) for one in group]
                                  for x, group in zip(prompts, samples)])
         before = names[max(stream - 1, 0)]              # the model this stage started from
-
-        def wins(other):
-            won = ((scores[name] > scores[other]) + 0.5 * (scores[name] == scores[other])).mean(1)
-            return f"{100 * won.mean():5.1f} ± {196 * won.std(ddof=1) / math.sqrt(len(won)):.1f}"
-
         kl = divergence(nets[name], nets[before], tokenizer, prompts, samples)
         length = np.mean([len(one.ids) for group in samples for one in group])
-        lines.append(f"{name:<8} {scores[name].mean():8.3f}   {wins(before):>15}   {wins('sft'):>15}   {kl:10.2f}   {length:6.1f}")
-    data_mean = np.mean([reward(row.prompt, row.chosen) for row in data.read_rows(out / "world" / "sft.jsonl", "responses")[0]])
-    text = [f"{len(prompts)} held-out prompts, 2 samples each at temperature {settings.temperature}, top_p {settings.top_p}; "
-            f"seed {settings.seed}, {settings.toy_family}",
-            f"true reward: floor -1, ceiling 1, the SFT data {data_mean:.3f}; win rates by the true reward, ties half, ± 95 %",
-            "", "model    reward    wins % over start   wins % over SFT   KL to start   tokens", *lines]
+        lines.append(f"{name:<8} {scores[name].mean():8.3f}   {wins(name, before):>15}   "
+                     f"{wins(name, 'sft'):>15}   {kl:10.2f}   {length:6.1f}")
+    return lines
+
+
+def evaluations(folder, key):
+    """The values of eval_<key> that a run wrote down, in the order of its steps."""
+    steps = disk.read_metrics(folder / "metrics.jsonl")
+    return [step[f"eval_{key}"] for step in steps if f"eval_{key}" in step]
+
+
+def results(out, stages, settings):
+    """The table of the stages' models on held-out prompts, as text."""
+    prompts = [row.prompt for row in read_rows(out / "world" / "eval_prompts.jsonl", "prompts")[0]]
+    responses, _ = read_rows(out / "world" / "sft.jsonl", "responses")
+    of_data = np.mean([reward(row.prompt, row.chosen) for row in responses])
+    names = [name for name in stages if name not in ("base", "reward")]
+    s, text = settings, []
+    text.append(f"{len(prompts)} held-out prompts, 2 samples each at temperature {s.temperature}, top_p "
+                f"{s.top_p}; seed {s.seed}, {s.toy_family}")
+    text.append(f"true reward: floor -1, ceiling 1, the SFT data {of_data:.3f}; win rates by the true "
+                "reward, ties half, ± 95 %\n")
+    text.append("model    reward    wins % over start   wins % over SFT   KL to start   tokens")
+    text += stage_lines(out, names, prompts, s)
     if "judge" in names:
-        told = {name: judge_report(out / name / "final", out / "world") for name in ("sft", "judge")}
-        text += ["", f"judge accuracy on 512 held-out noisy pairs: {100 * told['sft']['accuracy']:.1f} % before augmentation, "
-                 f"{100 * told['judge']['accuracy']:.1f} % after ({100 * told['judge']['true_order']:.1f} % by the true reward); "
-                 f"the longer one wins {100 * told['judge']['longer_wins']:.0f} %, slot A {100 * told['judge']['first_slot_rate']:.0f} %"]
+        before, after = (judge_report(out / name / "final", out / "world") for name in ("sft", "judge"))
+        text.append(f"\njudge accuracy on 512 held-out noisy pairs: {before['accuracy']:.1%} before "
+                    f"augmentation, {after['accuracy']:.1%} after ({after['true_order']:.1%} by the true "
+                    f"reward); the longer one wins {after['longer_wins']:.0%}, slot A "
+                    f"{after['first_slot_rate']:.0%}".replace("%", " %"))
     if "reward" in stages:
-        last = checkpoint.last_record(out / "reward" / "metrics.jsonl")
-        text += ["", f"reward model's accuracy on {ROWS['eval']} held-out noisy pairs: {100 * last['eval_accuracy']:.1f} %"]
-    curve = [record["eval_loss"] for _, record in checkpoint.records(out / "sft" / "metrics.jsonl") if "eval_loss" in record]
-    if curve:
-        text.append("SFT's held-out loss, nats a token: " + " → ".join(f"{value:.3f}" for value in curve))
-    return "\n".join(text)
+        accuracy = 100 * evaluations(out / "reward", "accuracy")[-1]
+        text.append(f"\nreward model's accuracy on {ROWS['eval']} held-out noisy pairs: {accuracy:.1f} %")
+    curve = " → ".join(f"{loss:.3f}" for loss in evaluations(out / "sft", "loss"))
+    return "\n".join(text + ([f"SFT's held-out loss, nats a token: {curve}"] if curve else []))
 
 
-def main(settings):
-    """The whole path, from texts to the table; `settings` are train.Settings without a model."""
-    started, out = time.time(), Path(settings.out_dir)
-    ranks = train.Ranks.start(settings.device)
+def check_world(out, settings):
+    """Whether the world of these settings is in out_dir; InputError where another one is, which may stay."""
     asked = dict(family=settings.toy_family, seed=settings.seed)
     made = cli.read_json(out / "world" / "world.json", absent={})
     if made and made != asked:
         if settings.resume == "auto":
-            raise cli.InputError(f"{out / 'world'} was made with --toy_family={made.get('family')} --seed={made.get('seed')}; "
-                                 f"use another --out_dir, or --resume=never to start over.")
-        settings.given["resume"] = "never"        # models of another world are nothing to go on from, not even by force
-    stages = plan(settings)
+            raise cli.InputError(f"{out / 'world'} was made with --toy_family={made.get('family')} --seed="
+                                 f"{made.get('seed')}; use another --out_dir, or --resume=never to "
+                                 "start over.")
+        settings.given["resume"] = "never"    # nothing goes on from another world, not even by force
+    return made == asked
+
+
+def main(settings, trainers):
+    """The whole path, from texts to the table; trainers: {recipe: (its settings' class, its trainer's)}."""
+    started, out, ranks = time.time(), Path(settings.out_dir), Ranks.start(settings.device)
+    made = check_world(out, settings)
+    chain = plan(settings)
     ranks.wait()                                  # all ranks have read world.json
-    if ranks.rank == 0 and made != asked:
+    if ranks.rank == 0 and not made:
         write_world(out / "world", settings.toy_family, settings.seed)
     ranks.wait()
-    for stage in stages.values():
+    for stage in chain.values():
         if ranks.rank == 0:
             print("\n" + command_line(stage), flush=True)
-        if stage["recipe"] in rlhf.RECIPES:
-            trainer = rlhf.TRAINERS[stage["recipe"]](rlhf.Settings(**stage))
-        else:
-            trainer = train.Trainer(train.Settings(**stage))
-        trainer.run()
+        settings_class, trainer_class = trainers[stage["recipe"]]
+        last = settings_class(**stage)
+        trainer_class(last).run()
     if ranks.rank == 0:
         place = out / f"result-{settings.recipe}.txt"
-        final = out / list(stages)[-1] / "final" / "model.safetensors"
+        final = out / list(chain)[-1] / "final" / "model.safetensors"
         if not place.exists() or place.stat().st_mtime < final.stat().st_mtime:
             # PPO trains on samples from all of π; the table samples as it does for the other recipes.
             like_others = dict(temperature=0.7, top_p=0.9) if settings.recipe == "rlhf" else {}
-            table = results(out, stages, dataclasses.replace(trainer.settings, **like_others))
+            table = results(out, chain, dataclasses.replace(last, **like_others))
             place.write_text(table + "\n", encoding="utf-8")
-        print("\n" + place.read_text(encoding="utf-8") + f"\nall of it in {cli.duration(time.time() - started)}")
+        table = place.read_text(encoding="utf-8")
+        print(f"\n{table}\nall of it in {cli.duration(time.time() - started)}")
     ranks.wait()

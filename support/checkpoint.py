@@ -1,19 +1,19 @@
-"""What a run keeps on disk, so that whatever happens to it nothing older than the last save is lost.
+"""What a run keeps on disk, so that whatever happens to it, nothing older than the last save is lost.
 
-    out_dir/config.json             the resolved settings, digests of what was read, versions, commit
-    out_dir/metrics.jsonl           one object a step
-    out_dir/checkpoint/step-N/      sharded safetensors (torch.distributed.checkpoint) and state.json
-    out_dir/rollouts.jsonl          online: each judged pair as a data row; one file a rank
-    out_dir/final/                  a Hugging Face folder
-    out_dir/adapter/                with --lora_rank: what was trained of it, as PEFT loads it
+    out_dir/config.json          the resolved settings, digests of what was read, versions, commit
+    out_dir/metrics.jsonl        a line per step; after it one of the step's evaluation, if there was one
+    out_dir/rollouts.jsonl       online: each judged pair as a data row; one file per rank
+    out_dir/checkpoint/step-N/   sharded safetensors (torch.distributed.checkpoint) and state.json
+    out_dir/final/               a Hugging Face folder
+    out_dir/adapter/             with --lora_rank: what was trained of it, as PEFT loads it
 
-Every file that matters is written aside, synced and renamed: at any moment its place holds the old one or the new one.
-A checkpoint counts when its state.json does, which is written last and lists all other files with their sizes. There is no
-pickle. Random numbers need no state: every draw in train.py is a pure function of (seed, step, row).
+The rule: write aside, sync, rename. Each place holds the old file or the new one, never half of one.
+A checkpoint counts when its state.json does: it is written last and lists all other files with their
+sizes. Lines are added in place; those of steps after the last save are dropped and made again. There is
+no pickle. Random numbers need no state: every draw is a pure function of (seed, step, row).
 """
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -26,292 +26,298 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 
 try:
     import fcntl
 except ImportError:            # Windows
     fcntl = None
 
-from support import cli, hf
+from support import cli, disk, hf
 from support.cli import InputError
+from support.disk import last_metrics, reason
 from support.rows import split_weight
 
-FILE_BYTES = 1 << 28           # of a checkpoint's files: torch makes two copies of a file in memory before it writes it
-WRITE_ERRORS = (OSError, SafetensorError, dcp.api.CheckpointException)
+FILE_BYTES = 1 << 28           # per file of a checkpoint: torch holds two copies of a file to write it
+VERSIONS = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+START = {"step": 0, "skipped": 0, "consecutive_skips": 0}
+# Settings that may change without changing what is computed, but for rounding.
+FREE = set("out_dir resume keep save_every save_minutes sample_every eval_every device micro_batch_size "
+           "reference_cache checkpoint_activations replicas dry_run device_memory inputs".split())
+# One process needs no process group.
+warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
 
-
-def reason(error):
-    """Why a write failed, in a few words: torch wraps what the system said in several layers."""
-    if isinstance(error, dcp.api.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    said = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
-    found = re.search(r"I/O error: (.+) \(os error", said)            # as safetensors says it
-    return found[1] if found else said
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# out_dir
 
 class OutDir:
-    """The place of one run. All methods are called by all ranks; the first writes, and where it fails all of them fail."""
+    """The place of one run. All ranks call all methods. The first one writes; where it fails, all fail."""
 
     def __init__(self, settings, ranks):
-        """Refuse an out_dir that is not a run's, or that holds what this run reads: it will be written to and partly
-        cleared. `before` is the settings of the run it holds, or None."""
-        s, self.settings, self.ranks, self.path, self.lock_file = settings, settings, ranks, Path(settings.out_dir), None
-        out = self.path.resolve()
-
-        def is_cleared(path):
-            return any(path.is_relative_to(out / name) for name in ("final", "adapter", "checkpoint"))
-        for folder in filter(None, (*s.folders(), s.reference_cache)):
-            path = Path(folder).resolve()
-            if is_cleared(path) or path == out and folder in s.folders():
-                raise InputError(f"--out_dir={self.path} would overwrite {folder}, which this run needs; name another.")
-            if out.is_relative_to(path) and folder in s.folders():
-                raise InputError(f"--out_dir={self.path} lies in the model folder {folder}; name another.")
-        for spec in s.files():
-            file = Path(split_weight(spec)[0]).resolve()
-            if file.parent == out or is_cleared(file):
-                raise InputError(f"{file.name} lies in --out_dir={self.path}, which this run writes to; name another out_dir.")
+        """`before`: the settings of the run that out_dir holds, or None."""
+        self.settings, self.ranks, self.path = settings, ranks, Path(settings.out_dir)
+        self.lock_file = None
+        self.refuse_inputs()
         if any(place.exists() and not place.is_dir() for place in (self.path, *self.path.parents)):
             raise InputError(f"--out_dir={self.path} cannot be written: a file stands in the way.")
         self.before = self.recorded()
 
+    def refuse_inputs(self):
+        """out_dir is written to and partly cleared, so nothing that the run reads may lie there."""
+        s, out = self.settings, self.path.resolve()
+        cleared = [out / name for name in ("final", "adapter", "checkpoint")]
+        for folder in filter(None, (*s.folders(), s.reference_cache)):
+            path, is_model = Path(folder).resolve(), folder in s.folders()
+            if any(path.is_relative_to(place) for place in cleared) or is_model and path == out:
+                raise InputError(f"--out_dir={self.path} would overwrite {folder}, which is read; "
+                                 f"name another.")
+            if is_model and out.is_relative_to(path):
+                raise InputError(f"--out_dir={self.path} lies in the model folder {folder}; name another.")
+        for spec in s.files():
+            path = Path(split_weight(spec)[0]).resolve()
+            if path.parent == out or any(path.is_relative_to(place) for place in cleared):
+                raise InputError(f"{path.name} lies in --out_dir={self.path}, which is written to; "
+                                 f"name another.")
+
     def recorded(self):
         """The settings of the run that out_dir holds, or None."""
-        before = cli.read_json(self.path / "config.json", absent={})
+        before = cli.read_json(self.path / "config.json", absent={}).get("settings")
         ours = ("config.json", "final", "adapter", "checkpoint", "metrics.jsonl", "rollouts.jsonl")
-        if not isinstance(before.get("settings"), dict) and any((self.path / name).exists() for name in ours):
-            raise InputError(f"--out_dir={self.path} holds files of another kind; name an empty or a new folder.")
-        return before.get("settings")
+        if not isinstance(before, dict) and any((self.path / name).exists() for name in ours):
+            raise InputError(f"--out_dir={self.path} holds files of another kind; name a new folder.")
+        return before
 
     @contextlib.contextmanager
     def locked(self):
-        """out_dir belongs to one run at a time. The first rank takes the lock, then shares it with the others: it is free when
-        the last of them is gone, who may outlive the first for a while. The system frees it whatever happens."""
+        """out_dir belongs to one run at a time. The first rank takes the lock, then shares it with the
+        others: it is free when the last of them is gone. The system frees it whatever happens."""
         with contextlib.ExitStack() as stack:
-            self.ranks.wait()                        # where this process made another run before: all ranks have left that
+            self.ranks.wait()        # where this process made another run before: all ranks have left that
             self.ranks.on_first(lambda: self.lock(stack))
-            if self.ranks.size > 1:
-                self.ranks.on_first(lambda: self.lock(stack, shared=True))        # which the others can only do after it
-                self.ranks.on_all(lambda: self.lock(stack, shared=True))
+            self.ranks.on_first(lambda: self.lock(stack, shared=True))       # else the others cannot
+            self.ranks.on_all(lambda: self.lock(stack, shared=True))
             yield
 
     def lock(self, stack, shared=False):
-        """Hold .lock until `stack` is closed, alone or with the other ranks; InputError where another run holds it."""
+        """Hold .lock until `stack` is closed, alone or with the other ranks."""
         try:
             if self.lock_file is None or self.lock_file.closed:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock_file = stack.enter_context(open(self.path / ".lock", "w"))
         except OSError as error:
-            raise InputError(f"--out_dir={self.path} cannot be written: {error.strerror}.") from None
+            raise self.unwritable(error) from None
         try:
             if fcntl is not None:
                 fcntl.flock(self.lock_file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another run is writing to --out_dir={self.path}; wait for it, or name another.") from None
-        except OSError:          # a file system without locks
+            raise InputError(f"another run is writing to --out_dir={self.path}; wait for it, or name "
+                             f"another.") from None
+        except OSError:              # a file system without locks
             pass
+
+    # -- where to go on -------------------------------------------------------------------------------
+
+    def begin(self, settings, steps, tensors):
+        """A checkpoint's state, read into `tensors`; START for a new run; None for a finished one.
+
+        settings: the resolved ones. InputError names what is not as in the run that out_dir holds.
+        tensors(state): {name: tensor} to read a checkpoint into, asked for only when there is one.
+        """
+        state = dict(START)
+        self.before = self.ranks.on_first(self.recorded)      # again: another run may have been here before
+        self.record = json.loads(json.dumps(settings)) | {"inputs": self.ranks.on_first(self.inputs)}
+        if self.before is not None and self.settings.resume != "never":
+            self.refuse_changes()
+            if self.ranks.on_first(lambda: self.is_finished(steps)):
+                return None
+            newest = self.ranks.on_first(self.newest_sound)
+            if newest:
+                state = self.load(newest, tensors)
+                if state["step"] > steps:
+                    raise InputError(f"{self.path} has come to step {state['step']} already, after "
+                                     f"--steps={steps}; use another --out_dir or --resume=never.")
+                if self.ranks.rank == 0:
+                    print(f"going on from {newest}", flush=True)
+        self.ranks.on_first(lambda: self.clear(state["step"]))
+        return state
 
     def inputs(self):
         """{file or model folder: digest of its contents}: a run goes on only with what it began with."""
-        found = {}
+        digests = {spec: disk.digest(split_weight(spec)[0]) for spec in self.settings.files()}
         for folder in self.settings.folders():
-            files = {path for path, *_ in hf.weight_files(folder).values()}
-            found[folder] = digest(Path(folder) / "config.json", *sorted(files), sampled=True)
-        for spec in self.settings.files():
-            found[spec] = digest(split_weight(spec)[0])
-        return found
+            files = sorted({path for path, *_ in hf.tensors_in(folder).values()})
+            digests[folder] = disk.digest(Path(folder) / "config.json", *files, sampled=True)
+        return digests
 
-    def begin(self, settings, steps, tensors):
-        """Where to go on: a checkpoint's state, read into `tensors`, {"step": 0, …} at the start, None behind the end.
-
-        settings: the resolved ones; other settings or inputs than those of the run that out_dir holds are refused by name.
-        tensors(state): {name: tensor} to read a checkpoint into, asked for only when there is one.
-        """
-        s, state = self.settings, {"step": 0, "skipped": 0, "in_a_row": 0}
-        self.before = self.ranks.on_first(self.recorded)      # again: before the lock was ours, another run may have been here
-        settings = json.loads(json.dumps(settings)) | {"inputs": self.ranks.on_first(self.inputs)}
-        if self.before is not None and s.resume != "never":
-            self.refuse_changes(settings)
-            last = (last_record(self.path / "metrics.jsonl") or {}).get("step")
-            if self.ranks.on_first(lambda: (self.path / "final").exists() and last == steps):
-                return None
-            found = self.newest_sound()
-            if found:
-                state = self.load(found, tensors)
-                if state["step"] > steps:
-                    raise InputError(f"{self.path} has come to step {state['step']} already, behind --steps={steps}; use another "
-                                     f"--out_dir or --resume=never.")
-                self.say(f"going on from {found}")
-        self.settings_record = settings
-        self.ranks.on_first(lambda: self.clear(state))
-        return state
-
-    def say(self, text):
-        if self.ranks.rank == 0:
-            print(text, flush=True)
-
-    def refuse_changes(self, settings):
+    def refuse_changes(self):
         """Name the settings and inputs that are not those of the run that out_dir holds."""
-        # What may change without changing what is computed, but for rounding.
-        free = {"out_dir", "resume", "keep", "save_every", "sample_every", "eval_every", "device", "micro_batch_size",
-                "reference_cache", "checkpoint_activations", "replicas", "dry_run", "device_memory", "inputs"}
-        plain = {field.name: field.default for field in dataclasses.fields(self.settings)}      # for what is newer than the run
-        changed = [f"{key} ({self.before.get(key)} → {value})" for key, value in settings.items()
-                   if key not in free and self.before.get(key, plain.get(key)) != value]
-        changed = changed or [f"the contents of {path}" for path, contents in settings["inputs"].items()
+        defaults = {field.name: field.default for field in dataclasses.fields(self.settings)}   # for new ones
+        changed = [f"{key} ({self.before.get(key)} → {value})" for key, value in self.record.items()
+                   if key not in FREE and self.before.get(key, defaults.get(key)) != value]
+        changed = changed or [f"the contents of {path}" for path, contents in self.record["inputs"].items()
                               if self.before.get("inputs", {}).get(path) != contents]
         if changed and self.settings.resume != "force":
-            raise InputError(f"{self.path} holds a run with other settings or data: {', '.join(changed)}; use another "
-                             f"--out_dir, --resume=never to start over or --resume=force to go on all the same.")
+            raise InputError(f"{self.path} holds a run with other settings or data: {', '.join(changed)}; "
+                             f"use another --out_dir, --resume=never to start over or --resume=force to go "
+                             f"on all the same.")
 
-    def clear(self, state):
-        """Leave what was made up to the state's step, write config.json, and remove what a killed run left half written."""
-        step = state["step"]
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for name in ("final", "adapter") if step else ("final", "adapter", "checkpoint"):
-                discard(self.path / name)
-            for damaged in [path for path in self.checkpoints() if number(path) > step]:      # they would count as kept ones
-                discard(damaged)
-            self.drop_old()                          # a run killed just before it did that at its end saves no more
-            for folder in (self.path, self.path / "checkpoint"):
-                for left in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-            record = {"settings": self.settings_record, "versions": versions(), "commit": commit(), "ranks": self.ranks.size}
-            write_text(self.path / "config.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-            for path in self.path.glob("rollouts*.jsonl"):
-                keep_records(path, step)
-            keep_records(self.path / "metrics.jsonl", step - ("unmeasured" in state))     # that step's line is still to come
-        except OSError as error:
-            raise InputError(f"--out_dir={self.path} cannot be written: {error.strerror}.") from None
-
-    def append(self, name, rows):
-        """Add JSON objects to a file of lines; each rank may have files of its own."""
-        try:
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        except OSError as error:
-            raise InputError(f"{self.path / name} cannot be written: {error.strerror}; {self.kept()}") from None
-
-    def kept(self):
-        """What is left to go on from, for the sentence of an error."""
-        kept = self.checkpoints()
-        return (f"{kept[-1].name} is kept, and the same command goes on from there." if kept else
-                "there is no checkpoint yet, and the same command starts again.")
-
-    # -- checkpoints -----------------------------------------------------------------------------------------------
-
-    def save(self, tensors, state):
-        """checkpoint/step-N: `tensors` {name: tensor}, sharded or whole, and `state`, a JSON object with the "step"."""
-        folder = self.path / "checkpoint"
-        aside, place = folder / f".writing-step-{state['step']}", folder / f"step-{state['step']}"
-
-        def put_in_place():
-            for lines in (*self.path.glob("metrics.jsonl"), *self.path.glob("rollouts*.jsonl")):      # a resume counts on them
-                sync(lines)
-            files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
-            record = state | {"ranks": self.ranks.size, "settings": self.settings_record, "files": files}
-            (aside / "state.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-            for file in aside.iterdir():
-                sync(file)
-            sync(aside)
-            discard(place)                                    # only a damaged one can stand there
-            os.replace(aside, place)
-            sync(folder)
-            self.drop_old()
-        try:
-            self.ranks.on_first(lambda: start_folder(aside))
-            with warnings.catch_warnings():               # one process needs no process group, which DCP warns about
-                warnings.simplefilter("ignore", UserWarning)
-                writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True,
-                                                      fqn_to_index_mapping=in_files(tensors, self.ranks.size))
-                dcp.save(tensors, storage_writer=writer, no_dist=self.ranks.size == 1)
-            self.ranks.on_first(put_in_place)
-        except WRITE_ERRORS as error:
-            if self.ranks.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise InputError(f"the checkpoint {place} cannot be written: {reason(error)}; {self.kept()}") from None
-
-    def drop_old(self):
-        """Remove the checkpoints behind the last --keep ones."""
-        for old in self.checkpoints()[:-self.settings.keep]:
-            discard(old)
-
-    def checkpoints(self):
-        """Complete checkpoints, oldest first."""
-        found = [path for path in (self.path / "checkpoint").glob("step-*")
-                 if re.fullmatch(r"step-\d+", path.name) and (path / "state.json").exists()]
-        return sorted(found, key=number)
+    def is_finished(self, steps):
+        last = last_metrics(self.path / "metrics.jsonl") or START
+        return (self.path / "final").exists() and last["step"] == steps
 
     def newest_sound(self):
-        """The newest checkpoint whose files are what its state.json lists, or None; damaged ones behind it are named.
-        Where every one is damaged, that is an error: starting over would remove them."""
-        def look():
-            damage = []
-            for folder in reversed(self.checkpoints()):
-                try:
-                    read_state(folder)
-                except InputError as error:
-                    damage.append(str(error))
-                    continue
-                return str(folder), damage
-            if damage:
-                raise InputError(damage[0])
-            return None, []
-        folder, damage = self.ranks.on_first(look)
-        for text in damage:
-            self.say(f"note: {text}")
-        return folder and Path(folder)
+        """The newest checkpoint whose files are what its state.json lists, or None; prints which ones are
+        damaged. Where all are, that is an error: starting over would remove them."""
+        damage = []
+        for folder in reversed(self.checkpoints()):
+            try:
+                read_state(folder)
+            except InputError as error:
+                damage.append(error)
+            else:
+                for error in damage:
+                    print(f"note: {error}", flush=True)
+                return folder
+        if damage:
+            raise damage[0]
+        return None
 
     def load(self, folder, tensors):
         """Read a checkpoint into tensors(state) in place, on any number of ranks; returns its state."""
         state = read_state(folder)
         tensors = tensors(state)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            try:
-                reader = dcp.HuggingFaceStorageReader(str(folder))
-                more = sorted(reader.read_metadata().state_dict_metadata.keys() - tensors.keys())
-                if more:             # dcp reads what it is asked for and does not mind the rest
-                    raise ValueError(f"it also holds {more[0]}")
-                dcp.load(tensors, storage_reader=reader, no_dist=self.ranks.size == 1)
-            except (dcp.api.CheckpointException, RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-                raise InputError(f"{folder} does not fit this model and optimizer ({reason(error)}); {remedy(folder)}.") from None
+        try:
+            reader = dcp.HuggingFaceStorageReader(str(folder))
+            more = sorted(reader.read_metadata().state_dict_metadata.keys() - tensors.keys())
+            if more:                 # dcp reads what it is asked for and does not mind the rest
+                raise ValueError(f"it also holds {more[0]}")
+            dcp.load(tensors, storage_reader=reader, no_dist=self.ranks.size == 1)
+        except (*disk.WRITE_ERRORS, RuntimeError, ValueError, KeyError) as error:
+            raise InputError(f"{folder} does not fit this model and optimizer ({reason(error)}); "
+                             f"{remedy(folder)}.") from None
         return state
 
-    def write_folder(self, name, write, weights):
-        """out_dir/name, made aside by write(folder, weights) on the first rank, synced and renamed.
-
-        weights: an iterator that gathers tensors from all ranks; those that do not write take part all the same.
-        """
-        aside, place, failed = self.path / f".writing-{name}", self.path / name, []
-
-        def put_in_place():
-            for error in failed:
-                raise OSError(reason(error))          # one that all ranks can be told of
-            for file in aside.iterdir():
-                sync(file)
-            sync(aside)
-            discard(place)
-            os.replace(aside, place)
-            sync(self.path)
+    def clear(self, step):
+        """Keep what was made up to this step, write config.json, remove what a killed run left half done."""
         try:
-            self.ranks.on_first(lambda: start_folder(aside))
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in ("final", "adapter") if step else ("final", "adapter", "checkpoint"):
+                disk.discard(self.path / name)
+            for path in self.checkpoints():
+                if number(path) > step:          # damaged: it must not count as one that is kept
+                    disk.discard(path)
+            self.drop_old()                      # a run killed just before it did so at its end saves no more
+            for folder in (self.path, self.path / "checkpoint"):
+                for left in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            config = json.dumps({"settings": self.record, "versions": VERSIONS, "commit": commit(),
+                                 "ranks": self.ranks.size}, indent=2, ensure_ascii=False)
+            disk.write_file(self.path / "config.json", config + "\n")
+            for lines in self.line_files():
+                disk.keep_records(lines, step)
+        except OSError as error:
+            raise self.unwritable(error) from None
+
+    # -- what is written ------------------------------------------------------------------------------
+
+    def append(self, name, rows):
+        """Add JSON objects, each with its "step", to a file of lines; a rank may have files of its own."""
+        try:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        except OSError as error:
+            raise self.unwritable(error, self.path / name) from None
+
+    def save(self, tensors, state):
+        """checkpoint/step-N: {name: tensor}, sharded or whole, and `state`, JSON with the "step"."""
+        with self.written_aside(self.path / "checkpoint" / f"step-{state['step']}") as aside:
+            writer = dcp.HuggingFaceStorageWriter(
+                str(aside), save_distributed=True, fqn_to_index_mapping=in_files(tensors, self.ranks.size))
+            dcp.save(tensors, storage_writer=writer, no_dist=self.ranks.size == 1)
+            self.ranks.on_first(lambda: self.write_state(aside, state))
+
+    def write_state(self, folder, state):
+        for lines in self.line_files():          # a resumed run counts on the lines up to here
+            disk.sync(lines)
+        files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        content = state | {"ranks": self.ranks.size, "settings": self.record, "files": files}
+        (folder / "state.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+    def write_folder(self, name, write, weights):
+        """out_dir/name, made by write(folder, weights) on the first rank.
+
+        weights: an iterator that gathers tensors from all ranks. So those that do not write take part in
+        it too, as does the first one after it has failed.
+        """
+        failed = None
+        with self.written_aside(self.path / name) as aside:
             try:
                 if self.ranks.rank == 0:
                     write(aside, weights)
-            except WRITE_ERRORS as error:
-                failed.append(error)
+            except disk.WRITE_ERRORS as error:
+                failed = reason(error)
             for _ in weights:
                 pass
-            self.ranks.on_first(put_in_place)
-        except WRITE_ERRORS as error:
+            failed = self.ranks.from_first(failed)
+            if failed:
+                raise OSError(failed)
+
+    @contextlib.contextmanager
+    def written_aside(self, place):
+        """A new folder to write to, which then takes its place; InputError where writing fails."""
+        aside = place.with_name(f".writing-{place.name}")
+        try:
+            self.ranks.on_first(lambda: disk.start_folder(aside))
+            yield aside
+            self.ranks.on_first(lambda: disk.put_in_place(aside, place))
+            self.ranks.on_first(self.drop_old)
+        except disk.WRITE_ERRORS as error:
             if self.ranks.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
-            raise InputError(f"{place} cannot be written: {reason(error)}; {self.kept()}") from None
+            raise self.unwritable(error, place) from None
+
+    def line_files(self):
+        return [*self.path.glob("metrics.jsonl"), *self.path.glob("rollouts*.jsonl")]
+
+    def checkpoints(self):
+        """Complete checkpoints, oldest first."""
+        found = [path for path in self.path.glob("checkpoint/step-*")
+                 if re.fullmatch(r"step-\d+", path.name) and (path / "state.json").exists()]
+        return sorted(found, key=number)
+
+    def drop_old(self):
+        """Remove the checkpoints before the last --keep ones."""
+        for old in self.checkpoints()[:-self.settings.keep]:
+            disk.discard(old)
+
+    def unwritable(self, error, place=None):
+        """The InputError for out_dir, or for a place in it: then with what is left to go on from."""
+        if place is None:
+            return InputError(f"--out_dir={self.path} cannot be written: {reason(error)}.")
+        kept = self.checkpoints()
+        return InputError(f"{place} cannot be written: {reason(error)}; " + (
+            f"{kept[-1].name} is kept, and the same command goes on from there." if kept else
+            "there is no checkpoint yet, and the same command starts again."))
+
+
+def read_state(folder):
+    """A checkpoint's state.json, after a look at whether all files that it lists are there and whole: torch
+    reads a missing rank's file as zeros, in silence."""
+    state = START | cli.read_json(folder / "state.json")
+    sound = isinstance(state.get("files"), dict) and all(type(state[name]) is int for name in START)
+    if not sound or state["step"] < 1:
+        raise InputError(f"{folder / 'state.json'} does not say what the checkpoint holds; {remedy(folder)}.")
+    for name, size in state["files"].items():
+        path = folder / os.path.basename(name)
+        if not path.exists() or path.stat().st_size != size:
+            raise InputError(f"{path} is missing or incomplete; {remedy(folder)}.")
+    return state
+
+
+def remedy(folder):
+    return f"remove {folder} to go on from an earlier one, or start over with --resume=never"
+
+
+def number(path):
+    """The N of a folder step-N."""
+    return int(path.name.removeprefix("step-"))
 
 
 def in_files(tensors, ranks):
@@ -323,112 +329,9 @@ def in_files(tensors, ranks):
     return files
 
 
-def start_folder(path):
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-
-
-def number(path):
-    """The N of a folder step-N."""
-    return int(path.name.removeprefix("step-"))
-
-
-def discard(path):
-    """Remove a folder, where there is one; its name first, so that none that is half removed ever counts."""
-    aside = path.with_name(f".removing-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    if path.exists():
-        os.replace(path, aside)
-        shutil.rmtree(aside)
-
-
-def sync(path):
-    """Have the system write a file or a folder's list of files to the disk."""
-    with contextlib.suppress(PermissionError):        # Windows opens no folders
-        opened = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-
-
-def write_text(path, text):
-    """A whole small file: aside, synced and renamed."""
-    aside = path.with_name(f".writing-{path.name}")
-    aside.write_text(text, encoding="utf-8")
-    sync(aside)
-    os.replace(aside, path)
-
-
-def remedy(folder):
-    return f"remove {folder} to go on from an earlier one, or start over with --resume=never"
-
-
-def read_state(folder):
-    """A checkpoint's state.json, after a look at whether all files that it lists are there and whole: torch reads a missing
-    rank's file as zeros, in silence."""
-    state = cli.read_json(folder / "state.json")
-    numbers = ("step", "skipped", "in_a_row")
-    whole = isinstance(state.get("files"), dict) and all(type(state.get(name, 0)) is int for name in numbers)
-    if not whole or state.get("step", 0) < 1:
-        raise InputError(f"{folder / 'state.json'} does not say what the checkpoint holds; {remedy(folder)}.")
-    for name, size in state["files"].items():
-        path = folder / os.path.basename(name)
-        if not path.exists() or path.stat().st_size != size:
-            raise InputError(f"{path} is missing or incomplete; {remedy(folder)}.")
-    return {"skipped": 0, "in_a_row": 0} | state
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Lines, digests, versions
-
-def records(path):
-    """[(line, its object)] of a jsonl file, up to the first line that a crash left torn or that is no step's. A line ends
-    with a newline and nothing else: a text may hold U+2028 or U+0085, and a last line without its newline is torn."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []:
-        try:
-            record = json.loads(line)
-            record["step"]
-        except (ValueError, KeyError, TypeError):
-            break
-        found.append((line + "\n", record))
-    return found
-
-
-def last_record(path):
-    found = records(path)
-    return found[-1][1] if found else None
-
-
-def keep_records(path, step):
-    """Drop what was written after `step`: it will be made again."""
-    if path.exists():
-        write_text(path, "".join(line for line, record in records(path) if record["step"] <= step))
-
-
-def digest(*paths, sampled=False):
-    """SHA-256 of the files' contents, in 32 letters; sampled: of their sizes and 64 pieces of each, for files of many GB."""
-    total, piece = hashlib.sha256(), 1 << 16
-    for path in paths:
-        with open(path, "rb") as file:
-            size = os.path.getsize(path)
-            total.update(str(size).encode())
-            step = max(size // 64, piece) if sampled else piece
-            for place in range(0, size, step):
-                file.seek(place)
-                total.update(file.read(piece))
-    return total.hexdigest()[:32]
-
-
-def versions():
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
-
-
 def commit():
     """The commit of the source, where it is a git checkout; else None."""
-    try:
-        return subprocess.run(["git", "-C", str(Path(__file__).parent.parent), "rev-parse", "HEAD"], capture_output=True, text=True,
-                              timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+    command = ["git", "-C", str(Path(__file__).parents[1]), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
+    return None

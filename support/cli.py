@@ -1,17 +1,20 @@
-"""What the command lines share: settings typed as --key=value, one clear sentence for bad input, and a step line that
-rewrites itself on a terminal.
+"""What the command lines share: settings typed as --key=value, one sentence for bad input, a step line.
 
-A script declares one dataclass; the comment on each field is its documentation and what --help prints. There is no
-configuration language besides it.
+A script declares one dataclass. Each field says its default, what it is and which values it takes; --help,
+types and checks follow from that. There is no configuration language besides it.
 """
+import argparse
 import contextlib
 import ctypes
 import dataclasses
 import difflib
 import inspect
 import json
+import math
+import operator
 import os
 import re
+import shutil
 import sys
 import time
 import types
@@ -19,90 +22,118 @@ import typing
 
 
 class InputError(ValueError):
-    """Something the user gave us cannot be used. The message is one sentence that names the file, key or line."""
+    """Something the user gave us cannot be used. The message is one sentence with the file, key or line."""
     urgent = False           # whether each rank says it at once, though it may not be the first
 
 
 def read_json(path, absent=None):
-    """The JSON object in a file, or `absent` where there is no file; InputError names the file and the line that is broken."""
+    """The JSON object in a file, or `absent` where there is no file; InputError names the file."""
     try:
         with open(path, "rb") as file:
-            content = file.read()
-        value = json.loads(content.decode())
+            value = json.loads(file.read().decode())
     except FileNotFoundError:
         if absent is not None:
             return absent
         raise InputError(f"{path} is missing.") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}, line {content[:error.start].count(10) + 1}: not valid JSON (no UTF-8).") from None
-    except RecursionError:
-        raise InputError(f"{path} is not valid JSON text: it is nested too deeply.") from None
-    except ValueError:
-        raise InputError(f"{path} is not valid JSON text: a number in it has too many digits.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:       # also: no UTF-8, nested too deeply, too many digits
+        raise InputError(f"{path}: not valid JSON ({error}).") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object.")
-    for key, inner in value.items():
-        if is_deep(inner):
-            raise InputError(f"{path}: {key!r:.60} is nested more than {DEEPEST} deep.")
     return value
 
 
-DEEPEST = 100       # far more than any file that is read here, far less than where Python gives up
+# ------------------------------------------------------------------------------------------------------------
+# Settings
+
+def setting(default, text, least=None, above=None, most=None, choices=None, group=None, below=None):
+    """A dataclass field: its default, what it is, and the range or choices of its value (a list: of each).
+
+    group: its heading in --help, which also holds for the fields after it.
+    """
+    said = {"text": text, "least": least, "above": above, "most": most, "below": below, "choices": choices,
+            "group": group}
+    said = {key: value for key, value in said.items() if value is not None}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=said)
+    return dataclasses.field(default=default, metadata=said)
 
 
-def is_deep(value):
-    """Whether a JSON value is nested so deeply that showing or writing it could fail where reading it did not."""
-    level = [value]
-    for _ in range(DEEPEST):
-        level = [inner for outer in level if isinstance(outer, (dict, list))
-                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
-    return bool(level)
+def described(cls):
+    """{name: {default, kind, optional, and what `setting` was told}} of a dataclass's fields, in order.
+
+    kind is the type of an annotation `type` or `type | None`. What a subclass leaves unsaid, its parent says.
+    """
+    found, hints = {}, typing.get_type_hints(cls)
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        for field in dataclasses.fields(base):
+            hint, plain = hints[field.name], field.default_factory is dataclasses.MISSING
+            optional = isinstance(hint, types.UnionType)
+            found[field.name] = {
+                **found.get(field.name, {}), **field.metadata, "optional": optional,
+                "kind": typing.get_args(hint)[0] if optional else hint,
+                "default": field.default if plain else field.default_factory()}
+    return found
 
 
-def number(text):
-    """A number as people type it: 1e3 is an integer when an integer is asked for, but 1.5 is not."""
-    value = float(text)
-    if value != int(value):
-        raise ValueError(text)
-    return int(value)
+def given_values(settings):
+    """{name: value} of the fields that differ from their default, before a __post_init__ fills in others."""
+    return {name: getattr(settings, name) for name, said in described(type(settings)).items()
+            if getattr(settings, name) != said["default"]}
 
 
-def convert(text, kind):
-    """The value of `text` for an annotation: int, float, bool, str, list[str] (comma-separated), or one of these | None."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    kind = next(k for k in options if k is not type(None))
-    if type(None) in options and kind is not str and text.lower() == "none":
+RANGES = {"least": ("at least", operator.ge), "above": ("larger than", operator.gt),
+          "most": ("at most", operator.le), "below": ("less than", operator.lt)}
+
+
+def limits(said):
+    """What a setting asks of its value, in words."""
+    if "choices" in said:
+        return "one of " + ", ".join(map(str, said["choices"]))
+    return " and ".join(f"{words} {said[key]}" for key, (words, _) in RANGES.items() if key in said)
+
+
+def check(settings):
+    """InputError for a value that its field does not allow, or a float that is not finite. None may be."""
+    for name, said in described(type(settings)).items():
+        value = getattr(settings, name)
+        for item in value if isinstance(value, list) else [] if value is None else [value]:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise InputError(f"--{name}={typed(value)}: must be a finite number.")
+            fits = all(holds(item, said[key]) for key, (_, holds) in RANGES.items() if key in said)
+            if not fits or item not in said.get("choices", [item]):
+                raise InputError(f"--{name}={typed(value)}: must be {limits(said)}.")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+def typed(value):
+    """A value as it is typed."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def kind_name(kind):
+    items = typing.get_args(kind)
+    return f"{items[0].__name__},{items[0].__name__},…" if items else kind.__name__
+
+
+def convert(text, kind, optional=False):
+    """The value of `text` for a type: int, float, bool, str, list[…] (a,b,…); optional: "none" is None."""
+    if optional and text.lower() == "none":
         return None
     if kind is bool:
         return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
     if typing.get_origin(kind) is list:
-        item = typing.get_args(kind)[0]
-        return [convert(part.strip(), item) for part in text.split(",") if part.strip()]
-    return number(text) if kind is int else kind(text)
-
-
-def fields_with_comments(cls):
-    """[(field, its comment)] in order, read from the source: the comment behind a field, or the lines above it."""
-    comments, above = {}, []
-    classes = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]       # inherited ones first
-    for line in "".join(map(inspect.getsource, classes)).splitlines():
-        stripped = line.strip()
-        if stripped.startswith("#"):
-            above.append(stripped.lstrip("# "))
-            continue
-        match = re.match(r"(\w+)\s*:[^#]*(?:#\s*(.*))?$", stripped)
-        if match:
-            comments[match[1]] = match[2] or " ".join(above)
-        above = []
-    return [(field, comments.get(field.name, "")) for field in dataclasses.fields(cls)]
-
-
-def kind_name(kind):
-    return kind.__name__ if isinstance(kind, type) and typing.get_origin(kind) is None else str(kind)
+        return [convert(part.strip(), typing.get_args(kind)[0]) for part in text.split(",") if part.strip()]
+    if kind is int and re.search("[.eE]", text):            # 1e3 is a whole number, 1.5 is not
+        if float(text) != int(float(text)):
+            raise ValueError(text)
+        return int(float(text))
+    return kind(text)
 
 
 ELSEWHERE = {      # what transformers and PEFT call them
@@ -112,52 +143,66 @@ ELSEWHERE = {      # what transformers and PEFT call them
 
 
 def nearest(key, names):
-    """The one of `names` that whoever typed `key` may have meant, or None. One or two letters alone say nothing."""
+    """The one of `names` that `key` may have meant, or None. One or two letters alone say nothing."""
     key = key.replace("-", "_").lower()
-    close = [name for name in names if name == ELSEWHERE.get(key)] + difflib.get_close_matches(key, names, 1, cutoff=0.7)
+    close = [name for name in names if name == ELSEWHERE.get(key)]
+    close += difflib.get_close_matches(key, names, 1, cutoff=0.7)
     close += [name for name in names if min(len(name), len(key)) >= 3 and (name in key or key in name)]
     return close[0] if close else None
 
 
-def parse(cls, arguments):
-    """An instance of the dataclass `cls` from ['--key=value', …]; --help prints the fields and leaves.
+def help_text(cls):
+    """What --help prints: the class's docstring, its settings by group, and its help_notes()."""
+    group, groups = "Settings", {}
+    for name, said in described(cls).items():
+        group = said.get("group", group)
+        takes = ", ".join(filter(None, [kind_name(said["kind"]), limits(said)]))
+        lines = groups.setdefault(group, [f"{group}:"])
+        lines.append(f"  --{name}={typed(said['default'])}  ({takes})")
+        lines += [f"        {said['text']}"] if "text" in said else []
+    parts = [inspect.getdoc(cls) or "", *("\n".join(lines) for lines in groups.values())]
+    return "\n\n".join(parts + ([cls.help_notes()] if hasattr(cls, "help_notes") else []))
 
-    Fields without a value keep their default. An unknown key or a value of the wrong type raises InputError.
+
+def parse(cls, arguments):
+    """An instance of the dataclass `cls` from --key=value, --key value or, for a bool, --key; or --help.
+
+    Its `given` is {name: value} of what was typed, though it be equal to the default. InputError: an unknown
+    key, one that is given twice, a value of the wrong type.
     """
-    kinds = typing.get_type_hints(cls)
-    given = {}
-    for argument in arguments:
-        if argument in ("-h", "--help"):
-            print((inspect.getdoc(cls) or "").strip() + "\n")
-            for field, comment in fields_with_comments(cls):
-                default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-                shown = ",".join(map(str, default)) if isinstance(default, list) else default
-                print(f"  --{field.name}={shown}"
-                      f"  ({kind_name(kinds[field.name])})" + (f"\n        {comment}" if comment else ""))
-            sys.exit(0)
-        match = re.fullmatch(r"--([A-Za-z_][\w-]*)(?:=(.*))?", argument, re.DOTALL)
+    if "-h" in arguments or "--help" in arguments:
+        print(help_text(cls))
+        sys.exit(0)
+    fields, given = described(cls), {}
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in fields:                 # read as text: the messages below say more than argparse's
+        parser.add_argument(f"--{name}", nargs="?", action="append", default=argparse.SUPPRESS)
+    found, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        match = re.match(r"--([A-Za-z_][\w-]*)(=|$)", unknown[0])
         if not match:
-            raise InputError(f"cannot read the argument {argument!r}: write --key=value.")
-        key, text = match[1], match[2]
-        if key not in kinds:
-            near = nearest(key, kinds)
-            raise InputError(f"there is no setting --{key}" + (f"; did you mean --{near}?" if near else "; --help lists them."))
-        if key in given:
-            raise InputError(f"--{key} is given twice.")
-        if text is None and kinds[key] is not bool:
-            raise InputError(f"--{key} needs a value: --{key}=….")
+            raise InputError(f"cannot read the argument {unknown[0]!r}: write --key=value.")
+        near = nearest(match[1], fields)
+        hint = f"did you mean --{near}?" if near else "--help lists them."
+        raise InputError(f"there is no setting --{match[1]}; {hint}")
+    for name, texts in vars(found).items():
+        text, kind, optional = texts[0], fields[name]["kind"], fields[name]["optional"]
+        if len(texts) > 1:
+            raise InputError(f"--{name} is given twice.")
+        if text is None and kind is not bool:
+            raise InputError(f"--{name} needs a value: --{name}=….")
         try:
-            given[key] = True if text is None else convert(text, kinds[key])
+            given[name] = True if text is None else convert(text, kind, optional)
         except (ValueError, KeyError, OverflowError):
-            raise InputError(f"--{key}={text}: not a value of type {kind_name(kinds[key])}.") from None
+            raise InputError(f"--{name}={text}: not a value of type {kind_name(kind)}.") from None
     settings = cls(**given)
-    settings.given = {**getattr(settings, "given", {}), **given}      # what was typed, though it be equal to the default
+    settings.given = {**getattr(settings, "given", {}), **given}
     return settings
 
 
 def keep_freed_memory():
-    """Have glibc keep what is freed. It gives large blocks back to the system, which clears them again for the next tensor:
-    measured, a tenth of the time of sampling and a twentieth of a training step. Elsewhere this does nothing."""
+    """Have glibc, where there is one, keep what is freed. Else large blocks go back to the system, which
+    clears them anew: measured, a tenth of the time of sampling and a twentieth of a training step."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)              # M_MMAP_THRESHOLD
@@ -165,7 +210,7 @@ def keep_freed_memory():
 
 
 def run(main, cls):
-    """The body of every script: parse the settings, call main(settings), and turn bad input into one line and exit 1."""
+    """The body of every script: parse the settings, call main(settings); bad input is one line and exit 1."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):        # a terminal that is not UTF-8 shows ? for what it lacks
             stream.reconfigure(errors="replace")
@@ -173,14 +218,18 @@ def run(main, cls):
     try:
         return main(parse(cls, sys.argv[1:]))
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) and not error.urgent:      # mostly all meet the same error: let the first say it
+        # Mostly all ranks meet the same error: let the first say it.
+        if int(os.environ.get("RANK", "0")) and not error.urgent:
             time.sleep(2)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
-    except BrokenPipeError:                       # `sample.py … | head`: the reader has left, nothing is wrong
+    except BrokenPipeError:                 # `sample.py … | head`: the reader has left, nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Progress
 
 def duration(seconds):
     seconds = int(seconds)
@@ -192,7 +241,7 @@ def duration(seconds):
 
 
 class StepLine:
-    """Progress of long work: rewritten in place on a terminal, printed now and then elsewhere (logs stay short)."""
+    """Progress of long work: rewritten in place on a terminal, printed now and then elsewhere."""
 
     def __init__(self, total, label, every=10.0, enabled=True):
         self.total, self.label, self.every, self.enabled = total, label, every, enabled
@@ -203,9 +252,8 @@ class StepLine:
         self.first = done
 
     def update(self, done, text=""):
-        """Show that `done` of the total are finished; `text` is put behind the count."""
-        now = time.monotonic()
-        on_terminal = sys.stdout.isatty()
+        """Show that `done` of the total are finished; `text` is put after the count."""
+        now, on_terminal = time.monotonic(), sys.stdout.isatty()
         if not self.enabled or (done < self.total and now - self.last < (0.2 if on_terminal else self.every)):
             return
         self.last = now
@@ -213,10 +261,9 @@ class StepLine:
         left = elapsed / max(done - self.first, 1) * (self.total - done)
         clock = f"{duration(elapsed)} < {duration(left)}" if done < self.total else duration(elapsed)
         line = f"{self.label} {done}/{self.total} [{clock}] {text}"
-        if on_terminal:
-            columns = os.get_terminal_size().columns if hasattr(os, "get_terminal_size") else 80
-            line = line[:max(columns - 1, 20)]
-            print("\r" + line.ljust(self.width), end="\n" if done >= self.total else "", flush=True)
-            self.width = len(line)
-        else:
+        if not on_terminal:
             print(line, flush=True)
+            return
+        line = line[:max(shutil.get_terminal_size().columns - 1, 20)]
+        print("\r" + line.ljust(self.width), end="\n" if done >= self.total else "", flush=True)
+        self.width = len(line)

@@ -1,116 +1,163 @@
-"""Hugging Face folders: which tensors they hold, read and written without a pickle."""
+"""Hugging Face folders: safetensors in and out, in one file or several, and PEFT's layout. Never a pickle.
+
+Tensors are named here as in the files; model.py knows whose names they are.
+"""
+import contextlib
 import json
-import math
 import os
 import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from support.cli import InputError, read_json
 
-# Buffers that published files carry and that are no weights: masks and rotary frequencies.
-BUFFERS = re.compile(r"(.*\.)?(attention\.(bias|masked_bias)|rotary_emb\.inv_freq)")
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SHARD_BYTES = 5_000_000_000
+# What published files hold besides weights: masks and rotary frequencies.
+BUFFERS = re.compile(r"(.*\.)?(attention\.(bias|masked_bias)|rotary_emb\.inv_freq)")
+SHARD_BYTES = 5_000_000_000        # a folder with more weights gets several files and an index
 
 
-def read_header(path):
-    """{tensor name: (dtype name, shape)} of a safetensors file, after checking that the file can hold what it says.
+# -----------------------------------------------------------------------------------------------------------
+# In
 
-    Nothing the header claims is believed before memory is taken: its own length, the offsets and the sizes are checked
-    against the file. InputError names the file and the tensor.
-    """
-    path = Path(path)
+@contextlib.contextmanager
+def opened(path):
+    """The open safetensors file. Its reader checks the header against the file; its reason is passed on."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length <= size - 8 else None
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    if text is None:
-        raise InputError(f"{path} is truncated or no safetensors file: its header would take {length:,} bytes of a file of "
-                         f"{size:,}.")
-    try:
-        header = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        at = getattr(error, "start", getattr(error, "pos", None))        # of UnicodeDecodeError, of JSONDecodeError
-        place = path if at is None else f"{path}, near byte {8 + at}"
-        raise InputError(f"{place}: the safetensors header is not valid JSON.") from None
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: the safetensors header is not an object.")
-    notes = header.pop("__metadata__", {})
-    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise InputError(f"{path}: __metadata__ in the header is not an object of texts.")
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        try:
-            dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            numbers = [*shape, start, stop]
-            sound = (all(type(n) is int and 0 <= n < 2 ** 63 for n in numbers) and start <= stop
-                     and isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= 64)      # as torch
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        if not sound:
-            raise InputError(f"{path}: the header entry of {name!r:.200} is broken.")
-        if stop > size - 8 - length:
-            raise InputError(f"{path} is truncated: {name!r:.200} would end {stop - (size - 8 - length):,} bytes behind the "
-                             f"file.")
-        if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise InputError(f"{path}: {name!r:.200} has shape {str(shape):.80} in {dtype} but {stop - start:,} bytes.")
-        tensors[name] = (dtype, tuple(shape))
-        spans.append((start, stop, name))
-    here, name = 0, "the header"
-    for start, stop, name in sorted(spans):
-        if start != here:
-            raise InputError(f"{path}: the bytes of {name!r:.200} overlap others or leave a gap.")
-        here = stop
-    if here != size - 8 - length:
-        raise InputError(f"{path}: {size - 8 - length - here:,} bytes behind the last tensor, {name!r:.200}, belong to none.")
-    return tensors
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} cannot be read as safetensors: {reason:.200}.") from None
 
 
-def weight_files(folder):
-    """{tensor name: (path, dtype name, shape)} of all tensors in a model folder, from the headers alone."""
-    folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+def header(path):
+    """{tensor name: (dtype name, shape)} of a safetensors file."""
+    with opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def files_of(folder):
+    """The safetensors files of a model folder: those that its index names, or the single one."""
+    index, single = folder / INDEX, folder / SINGLE
     if index.exists():
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise InputError(f"{index}: weight_map is missing or no object.")
-        headers = {}
-        for tensor, name in listed.items():
-            if not isinstance(name, str) or name != os.path.basename(name) or "\\" in name or name in ("", ".", ".."):
-                raise InputError(f"{index}: {tensor!r:.200} points to {name!r:.60}, which is not a file of this folder.")
-            if name not in headers:
-                if not os.path.isfile(folder / name):             # unlike Path's own, False for a name that no file can have
-                    raise InputError(f"{index} names the shard {name!r:.60} for {tensor!r:.200}, which the folder lacks.")
-                headers[name] = read_header(folder / name)
-            if tensor not in headers[name]:
-                raise InputError(f"{folder / name} lacks the tensor {tensor!r:.200} that {index.name} expects there.")
-        for name, header in headers.items():
-            extra = [tensor for tensor in header if listed.get(tensor) != name and not BUFFERS.fullmatch(tensor)]
-            if extra:
-                raise InputError(f"{folder / name} holds {extra[0]!r:.200}, which {index.name} does not list for this file.")
-        return {tensor: (folder / name, *headers[name][tensor]) for tensor, name in listed.items()}
+        for name in listed.values():       # os.path.isfile is False, too, for a name that no file can have
+            if type(name) is not str or name != os.path.basename(name) or not os.path.isfile(folder / name):
+                raise InputError(f"{index}: weight_map has {name!r:.60}, which is not a file of this folder.")
+        return [folder / name for name in dict.fromkeys(listed.values())]
     if single.exists():
-        return {tensor: (single, *entry) for tensor, entry in read_header(single).items()}
-    pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        return [single]
+    pickles = (".bin", ".pt", ".pth", ".ckpt")
+    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in pickles)
     if pickled:
         raise InputError(
-            f"{folder} holds only pickled weights ({pickled[0]}), which can run code when read; convert them where you "
-            f"trust them: python -c \"from transformers import AutoModelForCausalLM as M; "
+            f"{folder} holds only pickled weights ({pickled[0]}), which can run code when read; convert them "
+            f"where you trust them: python -c \"from transformers import AutoModelForCausalLM as M; "
             f"M.from_pretrained('{folder}').save_pretrained('CONVERTED')\".")
-    raise InputError(f"{folder} holds no model.safetensors and no model.safetensors.index.json.")
+    raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}.")
 
 
-def open_weights(path):
-    """The open safetensors file; what its own reader refuses beyond our checks is an InputError too."""
-    try:
-        return safe_open(str(path), framework="pt")
-    except SafetensorError as error:
-        raise InputError(f"{path} is no sound safetensors file: {error}.") from None
+def tensors_in(folder):
+    """{tensor name: (path, dtype name, shape)} of a model folder, from its headers; errors name the file."""
+    tensors = {}
+    for path in files_of(Path(folder)):
+        for name, (dtype, shape) in header(path).items():
+            if name in tensors and not BUFFERS.fullmatch(name):
+                raise InputError(f"{path} and {tensors[name][0].name} both hold the tensor {name!r:.200}.")
+            tensors[name] = path, dtype, shape
+    return tensors
+
+
+def check(tensors, wanted, spare, folder):
+    """InputError unless tensors_in(folder) are those of `wanted` {name: shape}, of a type that can be read.
+
+    Buffers, and what has a name in `spare`, may be there too.
+    """
+    for name, (path, dtype, shape) in tensors.items():
+        if name not in wanted:
+            if name not in spare and not BUFFERS.fullmatch(name):
+                raise InputError(f"{path}: config.json asks for no tensor {name!r:.200}.")
+        elif shape != tuple(wanted[name]):
+            raise InputError(f"{path}: {name!r} has shape {str(list(shape)):.80}; config.json asks for "
+                             f"{list(wanted[name])}.")
+        elif dtype not in DTYPES:
+            raise InputError(f"{path}: {name!r} is stored as {dtype}; {', '.join(DTYPES)} can be read.")
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise InputError(f"{folder} lacks the tensor {missing[0]!r}, which config.json asks for" +
+                         (f" (and {len(missing) - 1} more)." if len(missing) > 1 else "."))
+
+
+def read_tensors(tensors, rows=lambda name: slice(None)):
+    """Yield (name, tensor) for `tensors` as tensors_in gives them, one at a time and file by file.
+
+    rows(name): the slice of its first dimension that is read.
+    """
+    for path in dict.fromkeys(path for path, *_ in tensors.values()):
+        with opened(path) as file:
+            for name in (name for name, (its, *_) in tensors.items() if its == path):
+                yield name, file.get_slice(name)[rows(name)]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Out
+
+def write_weights(weights, folder):
+    """Write (name, tensor) one by one, above SHARD_BYTES as several files and an index -> the last's dtype.
+
+    Memory holds one file's tensors at a time. What an earlier save left in the folder is removed first, for
+    a part of it might be read instead.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX):
+        old.unlink(missing_ok=True)
+    shard, size, total, files, dtype = {}, 0, 0, [], None          # files: the names in each
+
+    def write():
+        save_file(shard, folder / f".part-{len(files)}", metadata={"format": "pt"})
+        files.append(list(shard))
+        shard.clear()
+
+    for name, weight in weights:
+        if size and size + weight.nbytes > SHARD_BYTES:
+            write()
+            size = 0
+        shard[name] = weight.detach().cpu().contiguous()
+        size, total, dtype = size + weight.nbytes, total + weight.nbytes, weight.dtype
+    write()
+    weight_map = {}
+    for number, names in enumerate(files):         # their number is known only now, and part of their names
+        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else SINGLE
+        os.replace(folder / f".part-{number}", folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return dtype
+
+
+def write_adapters(adapters, folder, rank, alpha, base):
+    """PEFT's adapter_config.json and adapter_model.safetensors from (layer's name, "a" or "b", tensor).
+
+    base: the folder of the model that the adapters were trained on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, targets = {}, set()
+    for layer, side, tensor in adapters:
+        tensors[f"base_model.model.{layer}.lora_{side.upper()}.weight"] = tensor.detach().cpu().contiguous()
+        targets.add(layer.split(".")[-1])
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json", dict(
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank, lora_alpha=alpha,
+        bias="none", lora_dropout=0.0, target_modules=sorted(targets), inference_mode=True))
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,249 +1,221 @@
-"""What a run needs of memory on each rank, from config.json and the safetensors headers alone, before it costs money.
+"""What a run needs of memory on each rank, about, from config.json and the safetensors headers alone.
 
     python train.py --recipe=dpo --model=DIR --dry_run                            this machine
     WORLD_SIZE=8 python train.py --recipe=dpo --model=DIR --dry_run --device_memory=80
 
-Every term below is one line of arithmetic with its reason beside it, so that it also says where memory goes and what a
-setting would save. It is an estimate for rows at full length: prompts of max_prompt_length and responses that fill the rest.
+The sum of the large terms for rows at full length: max_prompt_length for the prompt, the rest for responses.
+Measured on a CPU, a run takes 0.8 to 1.2 times as much as is said here. What is refused is clearly too large.
 
-Letters: S ranks that share one copy of the weights, N tokens of a micro-batch's forest, c and m bytes of a number in the
-compute type and of a master.
+Letters: N tokens of a micro-batch's forest, c and m bytes of a number in the compute type and of a master.
 """
 import copy
 from dataclasses import dataclass
 
 import torch
 
-import data
-import judge
-import losses
-import model
-from support import checkpoint
 from support.cli import InputError
 
+HEAD_CHUNK = 512               # tokens whose logits stand in memory at a time, as losses.py has it
+FOREST_TOKENS = 16384          # tokens that the judge reads at a time, as judge.py has it
+QUERY_BLOCK = 256              # tokens that attention reads at a time, as forest.py has it
 P_TOKENS = 64                  # of the refinement prompt, which is some forty words
 LIBRARIES = 100 << 20          # bytes that are first loaded in a step or a save
-# What comes and goes leaves holes that the next step's tensors do not fit into, as a share of it. Fitted to what was measured
-# on a CPU, where cli.keep_freed_memory gives nothing back, and half of the gradients' place is lost too; CUDA's is a guess.
-HOLES = {"cpu": 0.2, "cpu, sharded": 0.35, "cpu, adapters": 0.5, "cuda": 0.1}
+HOLES = 0.25                   # of what comes and goes: room that the next step's tensors do not fit into
+GIB = 2 ** 30
 
 
-@dataclass
+@dataclass(frozen=True)
 class Shape:
-    """What a network's memory follows from: parameters in all, of a block, outside of the blocks, and of adapters."""
-    config: model.Config
-    whole: int
-    block: int
-    root: int
-    adapters: int
+    """What a network's memory follows from: numbers of parameters, and numbers per token."""
+    whole: int                     # parameters in all
+    block: int                     # parameters of a block
+    layers: int
+    flow: int                      # in and out of a block's linear layers; adapters have rank times as many
+    kv: int                        # keys and values of one layer
+    width: int
+    vocab: int
+    context: int                   # tokens that the model was trained for
 
     @classmethod
-    def of(cls, folder, rank=0):
-        """From the config and the headers of a model folder; InputError where they disagree."""
-        net = model.blank(folder)
-        config = net.config
-        model.match_weights(config, folder, {name: weight.shape for name, weight in net.named_parameters()})
-        whole, block = count(net), count(net.blocks[0])
-        if rank:
-            model.add_adapters(net, rank, 1, torch.float32)
-        return cls(config, whole, block, whole - config.layers * block, count(net) - whole)
+    def of(cls, net):
+        """Of a Transformer, with memory or without."""
+        config, block = net.config, list(net.blocks[0].parameters())
+        return cls(whole=sum(weight.numel() for weight in net.parameters()),
+                   block=sum(weight.numel() for weight in block), layers=config.layers,
+                   flow=sum(sum(weight.shape) for weight in block if weight.dim() == 2),
+                   kv=2 * config.kv_heads * config.head_dim, width=config.width, vocab=config.vocab_size,
+                   context=config.context)
 
-    def saved_numbers(self, compute, gathered):
-        """Numbers a token that a block keeps for its gradient, where a linear layer keeps its input and a product both
-        factors; gathered: keys that attention gathers for each token, see keys_gathered."""
-        c = self.config
-        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        if c.is_neox:
-            norms = (3 if c.parallel_residual else 4) * c.width      # both inputs, which may be one, and both outputs
-        else:
-            norms = 2 * (3 if compute.itemsize > 2 else 4) * c.width     # input (in float32), quotient, output
-        attention = 3 * q + gathered * 2 * kv                        # q and the answer in two layouts; keys and values
-        mlp = (2 if c.is_neox else 4) * c.ffn                        # before and behind the activation; the product's factors
-        return norms + attention + mlp
+    def kept(self, length):
+        """Numbers per token that a block keeps for its gradient, in sequences of `length` tokens.
 
-    def cache_numbers(self):
-        """Numbers a token in the cache of keys and values."""
-        return 2 * self.config.layers * self.config.kv_heads * self.config.head_dim
+        A linear layer keeps its input, what follows its output; norms and products a tenth more. Attention
+        gathers keys and values: for each block of queries its own and half of the length on average.
+        """
+        return 1.1 * self.flow + self.kv * (0.5 + length / 2 / QUERY_BLOCK)
 
 
-def keys_gathered(job):
-    """Keys that ForestAttention lays side by side for each token of a prompt with its responses."""
-    x, y = job.prompt_length, job.response_length
-    forest = data.pack([list(range(x)) + [-1 - i] * y for i in range(job.responses)])
-    attention = model.ForestAttention(forest.depth, forest.end, None, "cpu")
-    return sum(attention.sizes) / len(forest.tokens)
-
-
-def count(net):
-    return sum(weight.numel() for weight in net.parameters())
-
-
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """A run's needs that are not the model's: everything in tokens and bytes."""
+    """A run's sizes in tokens, bytes and parameters; its methods say {what for: bytes on a rank}."""
+    policy: Shape
+    judge: Shape | None            # where there is one
+    adapters: int                  # parameters; 0: all weights are trained
+    frozen: int                    # parameters of reference and judge, those of one folder once
+    gathered: int                  # parameters of what samples and judges
     online: bool
-    off_policy: bool               # samples are the reference's
-    cached: bool                   # what the reference says is read from --reference_cache
     micro: int                     # prompts that a rank trains on at a time
-    responses: int                 # trained on behind each: 1 (sft), 2 (a pair), the K of an online recipe that are in a pair
+    responses: int                 # trained on after each
     prompts: int                   # that a rank samples from in a step
-    k: int                         # samples of each
+    samples: int                   # of each
     prompt_length: int
     response_length: int
-    compute: torch.dtype
-    masters: torch.dtype
-    optimizer: str
+    c: int
+    m: int
+    states: int                    # that the optimizer keeps for each trained number
     recompute: bool
+    ranks: int
+    shards: int                    # ranks that share one copy of the weights
+
+    @property
+    def trained(self):
+        return self.adapters or self.policy.whole
+
+    def stays(self):
+        """All the time: weights, the optimizer's state, and the frozen networks."""
+        whole = self.policy.whole
+        weights = whole * self.c + self.adapters * self.m if self.adapters else whole * self.m
+        return {"weights": weights / self.shards,
+                "optimizer": self.states * self.trained * self.m / self.shards,
+                "reference and judge": self.frozen * self.c / self.shards}
+
+    def phases(self):
+        """{phase: what comes and goes in it}"""
+        phases = {"update": self.update()}
+        if self.online:
+            phases["sampling"] = self.sampling()
+        if self.judge is not None:
+            phases["judging"] = self.judging()
+        for sizes in phases.values():
+            sizes["holes"] = HOLES * sum(sizes.values())
+        return phases
+
+    def update(self):
+        """The forward and backward pass of a micro-batch."""
+        policy, c, m = self.policy, self.c, self.m
+        N = self.micro * (self.prompt_length + self.responses * self.response_length)
+        block = policy.kept(self.prompt_length + self.response_length)
+        # With recomputation blocks keep their input, one at a time all of it. Half as much goes backwards.
+        kept = policy.layers * policy.width + 1.5 * block if self.recompute else (policy.layers + 0.5) * block
+        logits = min(self.micro * self.responses * self.response_length, HEAD_CHUNK) * policy.vocab
+        sizes = {"gradients": self.trained * m / self.shards, "activations": kept * N * c,
+                 "logits": logits * (12 + c * (c < 4))}       # and their softmax and its gradient, in float32
+        if not self.adapters:              # of the embedding and the head, before they are added up
+            sizes["largest gradients"] = 2 * policy.vocab * policy.width * m
+        if self.ranks > 1:                 # embedding, head, two blocks at a time: a buffer and the weights
+            root = policy.whole - policy.layers * policy.block
+            sizes["gathered"] = 2 * (2 * policy.block + root) * c
+            if not self.adapters:          # and their gradients before they are scattered
+                sizes["gathered"] += (policy.block + root) * (c + 4)
+        elif c < m and not self.adapters:
+            sizes["cast weights"] = policy.whole * c
+        return sizes
+
+    def sampling(self):
+        """As many prompts at a time as train.py takes: their cache takes as much as the weights, or 1 GiB."""
+        tokens = self.prompt_length + self.samples * self.response_length
+        cache = self.policy.layers * self.policy.kv * self.c
+        most = max(self.policy.whole * self.c, GIB)
+        prompts = min(self.prompts, max(int(most // (tokens * cache)), 1))
+        return {"gathered": self.gathered * self.c if self.ranks > 1 else 0,
+                "cache": prompts * (tokens + self.prompt_length) * cache,    # prompts are laid out once more
+                "logits": prompts * self.samples * self.policy.vocab * 16}   # sorted, probabilities, sums
+
+    def judging(self):
+        """The judge's forward pass over instructions, and its cache."""
+        tokens = self.prompts * 2 * self.samples * (self.prompt_length + self.response_length + P_TOKENS)
+        tokens = min(FOREST_TOKENS, tokens)
+        return {"gathered": self.gathered * self.c if self.ranks > 1 else 0,
+                "cache": 2 * tokens * self.judge.layers * self.judge.kv * self.c,
+                "activations": tokens * self.judge.flow * self.c}
+
+    def peak(self):
+        """(bytes at the worst time, how many of them are holes, the name of that phase)."""
+        phases = self.phases()
+        worst = max(phases, key=lambda name: sum(phases[name].values()))
+        total = sum(self.stays().values()) + sum(phases[worst].values()) + LIBRARIES
+        return total, phases[worst]["holes"], worst
 
 
-def update_needs(policy, job, gradients, sharded):
-    """{name: bytes} of what comes and goes in a micro-batch's forward and backward pass; gradients: bytes of a rank's."""
-    config, lora, c, m = policy.config, policy.adapters > 0, job.compute.itemsize, job.masters.itemsize
-    N = job.micro * (job.prompt_length + job.responses * job.response_length)
-    logits = min(job.micro * job.responses * job.response_length, losses.HEAD_CHUNK) * config.vocab_size
-    per_block = policy.saved_numbers(job.compute, keys_gathered(job))
-    # With recomputation each block keeps its input, and one block at a time keeps everything.
-    kept = config.layers * config.width + per_block if job.recompute else config.layers * per_block
-    update = {
-        "gradients": gradients,
-        "activations": kept * N * c,
-        "logits": logits * (4 + 4 + 4 + c * (c < 4)),             # themselves, their softmax, its gradient
-        # gradients on their way through an MLP, and the largest weight's before it is added to what stands there
-        "backward": 4 * max(config.ffn, config.width) * N * c + 2 * config.vocab_size * config.width * m * (not lora),
-    }
-    if sharded:       # two blocks at a time, the root all along: a buffer and the weights that are copied from it; gradients
-        update["gathered"] = 2 * (2 * policy.block + policy.root) * c + (policy.block + policy.root) * (c + 4) * (not lora)
-    elif c < m and not lora:
-        update["cast weights"] = policy.whole * c                 # float32 masters in the compute type
-    return update
-
-
-def parts(policy, reference, judge_shape, job, ranks, replicas, device):
-    """{name: bytes} of what stands in memory all the time, and {phase: {name: bytes}} of what comes and goes.
-
-    reference, judge_shape: the Shapes of these networks or None; the policy's own where they are the policy without its
-    adapters, and one and the same where they are one network.
-    """
-    config, S = policy.config, ranks // replicas
-    c, m = job.compute.itemsize, job.masters.itemsize
-    lora, sharded = policy.adapters > 0, ranks > 1
-    trained = policy.adapters if lora else policy.whole
-    states = {"adam": 2, "adamw": 2, "rmsprop": 1}[job.optimizer]
-
-    def together(*shapes):                 # parameters of some networks, each counted once
-        return sum(shape.whole for shape in {id(shape): shape for shape in shapes if shape is not None}.values())
-    frozen = (together(policy, None if job.cached else reference, judge_shape) - policy.whole) * c / S
-    stays = {
-        "weights": (policy.whole * c + policy.adapters * m if lora else policy.whole * m) / S,
-        "optimizer": states * trained * m / S,
-        "reference and judge": frozen,
-    }
-
-    tensor = config.vocab_size * config.width                         # numbers of the largest weight
-    x, y = job.prompt_length, job.response_length
-    phases = {"update": update_needs(policy, job, trained * m / S, sharded)}
-    if job.cached:          # before the first step of the first such run
-        N = job.micro * (x + job.responses * y)
-        phases["filling the cache"] = {"reference": (together(policy, reference, judge_shape) - policy.whole) * c / S - frozen,
-                                       "activations": 2 * config.ffn * N * c}
-    if job.online:
-        gathered = together(reference if job.off_policy else policy, judge_shape) * c if sharded else 0
-        copy = policy.whole * c if not (sharded or lora or job.off_policy) and c < m else 0
-        most = max(policy.whole * c, 1 << 30)                     # as Trainer.prompts_at_a_time has it
-        at_a_time = min(job.prompts, max(int(most // ((x + job.k * y) * policy.cache_numbers() * c)), 1))
-        phases["sampling"] = {
-            "gathered": gathered, "cast weights": copy,
-            "cache": at_a_time * (2 * x + job.k * y) * policy.cache_numbers() * c,      # a prompt's is laid out once more
-            "logits": at_a_time * job.k * config.vocab_size * 4 * 4,      # themselves, sorted, probabilities, their sums
-        }
-    if judge_shape is not None:
-        questions = job.prompts * 2 * (job.k if job.online else 1)
-        tokens = min(judge.FOREST_TOKENS, questions * (x + y + P_TOKENS))
-        gathered = together(reference if job.off_policy else policy if job.online else None, judge_shape) * c if sharded else 0
-        phases["judging"] = {"gathered": gathered, "cache": 2 * tokens * judge_shape.cache_numbers() * c,
-                             "activations": tokens * (3 * judge_shape.config.ffn + 6 * judge_shape.config.width) * c}
-    own = stays["weights"] if not lora else policy.adapters * m / S
-    state = own + stays["optimizer"]
-    phases["saving"] = {"two copies of a file": 2 * min(state, checkpoint.FILE_BYTES) if device == "cpu" else 0}
-    merged = policy.whole * (c if lora else m)
-    phases["final"] = {"gathered": tensor * (c if lora else m) if sharded else 0,
-                       "two copies of a file": 2 * min(merged, model.SHARD_BYTES) if device == "cpu" else 0}
-    where = "cuda" if device == "cuda" else "cpu, adapters" if lora else "cpu, sharded" if sharded else "cpu"
-    for sizes in phases.values():
-        sizes["holes"] = HOLES[where] * sum(sizes.values()) + 0.5 * (device == "cpu") * sizes.get("gradients", 0)
-    return stays, phases
-
-
-def peak(stays, phases):
-    """(bytes, phase) of the most memory at a time."""
-    worst = max(phases, key=lambda name: sum(phases[name].values()))
-    return sum(stays.values()) + sum(phases[worst].values()) + LIBRARIES, worst
-
-
-def job_of(s, compute, context, ranks):
-    """The Job of train.Settings `s`."""
-    recipe = s.recipes[s.recipe]
-    length, prompt, response = s.lengths(context, P_TOKENS if recipe.loss.startswith("sr-") else 0, 1)
+def job_of(s, shapes, compute, ranks):
+    """The Job of train.py's settings `s`; shapes: {folder: Shape} of s.folders()."""
+    recipe, policy = s.recipes[s.recipe], shapes[s.model]
+    length, prompt, response = s.lengths(policy.context, P_TOKENS if recipe.is_refined else 0, 1)
     if not recipe.online:
         response = length - min(prompt, length - 1)
     prompts = -(-s.batch_size // ranks)
-    return Job(online=recipe.online, off_policy=recipe.responses in ("reference", "rso"), cached=bool(s.reference_cache),
-               micro=min(s.micro_batch_size, prompts),
-               responses=recipe.pairs_a_prompt(s.k) * (1 if recipe.loss == "sft" else 2), prompts=prompts,
-               k=s.candidates or s.k or 1, prompt_length=min(prompt, length - response), response_length=response,
-               compute=compute, masters=torch.float64 if compute == torch.float64 else torch.float32, optimizer=s.optimizer,
-               recompute=s.checkpoint_activations)
-
-
-def estimate(s, compute, ranks, device):
-    """(Shape of the policy, Job, stays, phases) of train.Settings; see `parts`."""
-    policy = Shape.of(s.model, s.lora_rank)
-    shapes = {s.model: policy} if s.lora_rank else {}          # the base under the adapters is the reference and the judge
-    for folder in filter(None, s.frozen_folders()):
-        shapes.setdefault(folder, Shape.of(folder))
-    job = job_of(s, compute, policy.config.context, ranks)
-    return policy, job, *parts(policy, *map(shapes.get, s.frozen_folders()), job, ranks, s.replicas, device)
-
-
-def dry_run(s, compute, ranks, device, available):
-    """Print the estimate; InputError where it does not fit into `available` bytes a rank."""
-    policy, job, stays, phases = estimate(s, compute, ranks, device)
-    most, worst = peak(stays, phases)
-    gib = 2 ** 30
-    print(f"{s.model}: {policy.whole:,} parameters" + (f" and {policy.adapters:,} of adapters" if policy.adapters else "") +
-          f"; {s.recipe} in {str(compute).removeprefix('torch.')} on {ranks} × {device}" +
-          (f", {s.replicas} replicas" if s.replicas > 1 else ""))
-    print(f"{job.micro} × ({job.prompt_length} + {job.responses} × {job.response_length}) tokens at a time\n\nGiB a rank")
-    for name, size in stays.items():
-        if not size:
-            continue
-        print(f"  {name:<24}{size / gib:8.2f}")
-    for phase, sizes in phases.items():
-        if not sum(sizes.values()):
-            continue
-        print(f"  {phase + ', for a while':<24}{sum(sizes.values()) / gib:8.2f}   " +
-              ", ".join(f"{name} {size / gib:.2f}" for name, size in sizes.items() if size))
-    print(f"  {'the most, in ' + worst:<24}{most / gib:8.2f}   of {available / gib:.1f}, the program itself not counted")
-    if most > available:
-        for change in REMEDIES:
-            if "lora_rank" in change and (s.lora_rank or (s.iterations or 1) > 1):
-                continue
-            if peak(*estimate(changed(s, **change), compute, ranks, device)[2:])[0] <= available:
-                remedy = "this would fit: " + " ".join(f"--{name}={value}" for name, value in change.items())
-                break
-        else:
-            remedy = "more ranks, shorter texts or a smaller model are needed"
-        raise InputError(f"{s.recipe} of {s.model} needs {most / gib:.1f} GiB a rank and there are {available / gib:.1f}; {remedy}.")
+    masters = torch.float64 if compute == torch.float64 else torch.float32
+    reference, judge = s.frozen_folders()
+    trained = s.model if s.lora_rank else ""      # the base under adapters is reference and judge, too
+    sampler = reference if recipe.responses in ("reference", "rso") else trained if recipe.online else None
+    sizes = {None: 0, "": policy.whole} | {folder: shape.whole for folder, shape in shapes.items()}
+    frozen = {None if s.reference_cache else reference, judge} - {trained}
+    return Job(
+        policy=policy, judge=shapes.get(judge), adapters=s.lora_rank * policy.layers * policy.flow,
+        frozen=sum(map(sizes.get, frozen)), gathered=sum(map(sizes.get, {sampler, judge})),
+        online=recipe.online, micro=min(s.micro_batch_size, prompts), prompts=prompts,
+        responses=recipe.examples_per_prompt(s.k) * (1 if recipe.loss == "sft" else 2),
+        samples=(s.candidates or s.k) if recipe.online else 1, prompt_length=min(prompt, length - response),
+        response_length=response, c=compute.itemsize, m=masters.itemsize,
+        states=1 if s.optimizer == "rmsprop" else 2, recompute=s.checkpoint_activations, ranks=ranks,
+        shards=ranks // s.replicas)
 
 
 # From the cheapest to what changes the training.
-REMEDIES = [dict(micro_batch_size=1), dict(micro_batch_size=1, checkpoint_activations=True), dict(lora_rank=64),
-            dict(lora_rank=64, micro_batch_size=1), dict(lora_rank=64, micro_batch_size=1, checkpoint_activations=True)]
+REMEDIES = [
+    {"micro_batch_size": 1},
+    {"micro_batch_size": 1, "checkpoint_activations": True},
+    {"lora_rank": 64},
+    {"lora_rank": 64, "micro_batch_size": 1},
+    {"lora_rank": 64, "micro_batch_size": 1, "checkpoint_activations": True}]
 
 
-def changed(s, **change):
-    """A copy of the settings with a few other values, unchecked."""
-    other = copy.copy(s)
-    for name, value in change.items():
-        setattr(other, name, value)
-    return other
+def remedy(s, fits):
+    """What to change so that it fits; fits: changed settings -> bool."""
+    for change in REMEDIES:
+        if "lora_rank" in change and (s.lora_rank or (s.iterations or 1) > 1):
+            continue
+        other = copy.copy(s)
+        vars(other).update(change)
+        if fits(other):
+            return "this would fit: " + " ".join(f"--{name}={value}" for name, value in change.items())
+    return "more ranks, shorter texts or a smaller model are needed"
+
+
+def dry_run(s, shapes, compute, ranks, device, available):
+    """Print about what a rank needs; InputError where that clearly does not fit into `available` bytes.
+
+    s: train.py's settings; shapes: {folder: Shape} of s.folders(); compute: the torch type; device: its kind.
+    """
+    job = job_of(s, shapes, compute, ranks)
+    most, holes, worst = job.peak()
+    adapters = f" and {job.adapters:,} of adapters" if job.adapters else ""
+    replicas = f", {s.replicas} replicas" if s.replicas > 1 else ""
+    print(f"{s.model}: {job.policy.whole:,} parameters{adapters}; "
+          f"{s.recipe} in {str(compute)[6:]} on {ranks} × {device}{replicas}")
+    print(f"{job.micro} × ({job.prompt_length} + {job.responses} × {job.response_length}) tokens at a time\n")
+    print("GiB per rank, about")
+    for name, size in job.stays().items():
+        if size:
+            print(f"  {name:<24}{size / GIB:8.2f}")
+    for phase, sizes in job.phases().items():
+        terms = ", ".join(f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size)
+        print(f"  {phase + ', for a while':<24}{sum(sizes.values()) / GIB:8.2f}   {terms}")
+    print(f"  {'the most, in ' + worst:<24}{most / GIB:8.2f}   "
+          f"of {available / GIB:.1f}, the program itself not counted")
+    if most > available:
+        advice = remedy(s, lambda other: job_of(other, shapes, compute, ranks).peak()[0] <= available)
+        if most - holes > available:
+            raise InputError(f"{s.recipe} of {s.model} needs about {most / GIB:.1f} GiB per rank and there "
+                             f"are {available / GIB:.1f}; {advice}.")
+        print(f"It may not fit; {advice}.")

@@ -1,49 +1,60 @@
-"""The figures of a step, and how they are shown."""
+"""The figures of a step: sums over micro-batches and ranks, and how they are shown."""
+import contextlib
 import math
+import time
+
+METRICS = ("loss margin refined_margin accuracy augmented_accuracy kl p p_hat chosen_logp rejected_logp "
+           "response_length finished empty identical undecided judge_cut judge_off prompt_cut "
+           "sample_seconds judge_seconds update_seconds").split()
+SHOWN = ("reward loss margin refined_margin accuracy augmented_accuracy p p_hat kl response_length "
+         "eval_reward eval_loss eval_accuracy").split()
+
 
 class Log:
     """Sums and counts of one step's metrics, per example, over micro-batches and ranks."""
 
-    def __init__(self, ranks, names):
-        self.ranks, self.names, self.sums, self.counts, self.totals = ranks, names, {}, {}, {}
+    def __init__(self, ranks, names=METRICS):
+        """names: all that any rank may add: one without examples adds nothing, and must know them too."""
+        self.ranks, self.names, self.sums, self.counts, self.tokens = ranks, names, {}, {}, 0
 
-    def add(self, name, values, weight=None):
-        """Per-example values of any shape; their mean is over `weight`, by default their number."""
-        weight = values.numel() if weight is None else weight
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.detach().cpu().double().sum())
-        self.counts[name] = self.counts.get(name, 0) + weight
+    def add(self, name, values, count=None):
+        """Per-example values, a tensor of any shape or a list; their mean is over `count`, or their number."""
+        if isinstance(values, list):
+            total, number = math.fsum(map(float, values)), len(values)
+        else:
+            total, number = float(values.detach().cpu().double().sum()), values.numel()
+        self.sums[name] = self.sums.get(name, 0.0) + total
+        self.counts[name] = self.counts.get(name, 0) + (number if count is None else count)
+
+    def add_all(self, values):
+        for name, some in values.items():
+            self.add(name, some)
 
     def value(self, name, number):
         """A figure of this rank; the mean over the ranks is reported."""
         self.sums[name], self.counts[name] = number, 1
 
-    def count(self, name, number):
-        """A total over the ranks: `tokens`, behind means()."""
-        self.totals[name] = self.totals.get(name, 0) + number
+    @contextlib.contextmanager
+    def timed(self, name):
+        """Seconds spent inside, as a figure of this rank."""
+        started = time.perf_counter()
+        yield
+        self.value(name, time.perf_counter() - started)
 
     def means(self):
-        """{name: mean over the global batch} so far; also `tokens`, of the global batch. A rank without examples has added no
-        names, so they are all known from the start."""
+        """{name: mean over the global batch} so far. All ranks call it together."""
         flat = self.ranks.sum([self.sums.get(name, 0.0) for name in self.names] +
-                              [self.counts.get(name, 0) for name in self.names] + [self.totals.get("tokens", 0)])
-        self.tokens = flat[-1]
-        return {name: total / count for name, total, count in zip(self.names, flat, flat[len(self.names):]) if count}
+                              [self.counts.get(name, 0) for name in self.names])
+        return {name: total / count
+                for name, total, count in zip(self.names, flat, flat[len(self.names):]) if count}
 
 
-METRICS = ("loss margin refined_margin accuracy augmented_accuracy kl p p_hat chosen_logp rejected_logp response_length "
-           "finished empty identical undecided judge_cut judge_off prompt_cut "
-           "sample_seconds judge_seconds update_seconds").split()
-
-
-def rounded(value):
-    """Floats with eight significant digits: enough to compare float32 runs, short enough to read; null if not finite."""
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.8g}") if math.isfinite(value) else None       # JSON knows no infinity
+def rounded(record):
+    """Floats with eight digits: enough to compare float32 runs, short to read; JSON knows no infinity."""
+    return {name: value if not isinstance(value, float) else
+            float(f"{value:.8g}") if math.isfinite(value) else None for name, value in record.items()}
 
 
 def summary(metrics):
     """The few figures of a step that a person watches."""
-    shown = ("reward", "loss", "margin", "refined_margin", "accuracy", "augmented_accuracy", "p", "p_hat", "kl",
-             "response_length", "eval_reward", "eval_loss", "eval_accuracy")
-    return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
+    return "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)

@@ -4,24 +4,26 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from support import hf
-from support.checkpoint import digest, reason
-from support.cli import InputError
+from support.cli import InputError, StepLine
+from support.disk import digest, reason
+
 
 class ReferenceCache:
-    """log π_ref of every pair's two responses behind x, and behind p⊕x where the recipe asks: one safetensors file a key.
+    """log π_ref of each pair's two responses after x, and after p⊕x where the recipe asks: one file per key.
 
-    The key is a digest of the reference's folder, the compute type and all ids, which follow from data, tokenizer, lengths
-    and p. `values` {"x": (N, 2), "px": (N, 2)} in float64, or None as long as nobody has computed them.
+    The key is a digest of the reference's folder, the compute type and all ids, which follow from data,
+    tokenizer, lengths and p. `values` {"x": (N, 2), "refined_x": (N, 2)} in float64; None until computed.
     """
 
     def __init__(self, settings, dtype, pairs, refined):
-        self.pairs, self.queries = pairs, ("x", "px") if refined else ("x",)
+        self.pairs, self.queries = pairs, ("x", "refined_x") if refined else ("x",)
         folder = Path(settings.reference or settings.model)
-        files = sorted({path for path, *_ in hf.weight_files(folder).values()})
+        files = sorted({path for path, *_ in hf.tensors_in(folder).values()})
         key = hashlib.sha256(f"{dtype} {self.queries} {digest(folder / 'config.json', *files)}".encode())
         for pair in pairs:
             for ids in (*(getattr(pair, query) for query in self.queries), pair.chosen, pair.rejected):
@@ -29,11 +31,31 @@ class ReferenceCache:
         self.path = Path(settings.reference_cache) / f"reference-{key.hexdigest()[:32]}.safetensors"
         self.values = self.read() if os.path.exists(self.path) else None
 
+    def compute(self, logprobs_of, ranks, at_a_time):
+        """The values of all pairs, each rank a part of them; the first rank writes them down.
+
+        logprobs_of(pairs, query) -> (n, 2): the reference's, after pair.x or pair.refined_x. Sharded weights
+        are gathered there, so all ranks call it equally often: one without pairs asks about the first pair.
+        """
+        n = len(self.pairs)
+        line = StepLine(n, "reference", enabled=ranks.rank == 0)
+        self.values = {query: torch.zeros(n, 2, dtype=torch.float64) for query in self.queries}
+        for start in range(0, n, ranks.size * at_a_time):
+            first = start + ranks.rank * at_a_time
+            part = slice(first, first + at_a_time)
+            for query, values in self.values.items():
+                logprobs = logprobs_of(self.pairs[part] or self.pairs[:1], query)
+                values[part] = logprobs.cpu().double()[:len(self.pairs[part])]
+            line.update(min(start + ranks.size * at_a_time, n))
+        for values in self.values.values():
+            ranks.add_up(values)
+        ranks.on_first(self.write)
+
     def read(self):
-        """The values of a file, checked: its name says what they belong to, not that the file is whole."""
+        """The values in the file, checked: its name says what they belong to, not that it is whole."""
         wanted = {query: ("F64", (len(self.pairs), 2)) for query in self.queries}
-        if hf.read_header(self.path) != wanted:
-            raise InputError(f"{self.path} does not hold the log-probabilities of {len(self.pairs)} pairs; remove it.")
+        if hf.header(self.path) != wanted:
+            raise InputError(f"{self.path} does not hold {len(self.pairs)} pairs' log-probabilities; remove it.")
         return load_file(self.path)
 
     def write(self):
@@ -44,7 +66,8 @@ class ReferenceCache:
             save_file(self.values, aside)
             os.replace(aside, self.path)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"--reference_cache={self.path.parent} cannot be written: {reason(error)}.") from None
+            folder = self.path.parent
+            raise InputError(f"--reference_cache={folder} cannot be written: {reason(error)}.") from None
 
     def attach(self):
         """Give each pair its values; whoever scores it asks there first."""

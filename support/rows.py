@@ -1,4 +1,12 @@
-"""Preference files: whatever form a row has, it becomes a prompt and up to two responses."""
+"""Data files. Whatever form a row has, it becomes Row(prompt, chosen, rejected, p, where, finished).
+
+    {"prompt": "Hi", "chosen": "Yes?", "rejected": "No.", "p": 0.8}                     ┐
+    {"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Yes?", "rejected": "\\n\\nHuman: Hi…"}   ├─>  Row
+    {"conversations": [{"from": "human", "value": "Hi"}], "chosen": …, "rejected": …}   ┘
+
+A form says where a row has its prompt. An answer is text, one turn, or a dialogue that brings its prompt.
+`need` says what a row must have. A row that cannot be used is skipped, and counted by its reason.
+"""
 import gzip
 import json
 import os
@@ -7,14 +15,12 @@ import re
 import zlib
 from dataclasses import dataclass, field
 
-from support.cli import InputError, is_deep
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows: whatever form a file has, a row is a prompt and up to two responses
+from support.cli import InputError
 
 BOM = b"\xef\xbb\xbf"
 ASSISTANT = "\n\nAssistant:"      # where an HH prompt ends and its response begins
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+ANSWERS = ("chosen", "response", "completion", "output")    # keys of the better response, or of the only one
 
 
 class Unusable(ValueError):
@@ -23,12 +29,12 @@ class Unusable(ValueError):
 
 @dataclass
 class Row:
-    prompt: str | list[dict]      # verbatim text, or messages [{"role": system|user|assistant, "content": text}]
+    prompt: str | list[dict]      # verbatim text, or messages [{"role": system|user|assistant, "content"}]
     chosen: str | None            # the response; None in a prompt-only row
     rejected: str | None          # the worse response; None outside pairs
-    p: float | None               # strength p(chosen > rejected) where the file gives it, as replayed rollouts do
+    p: float | None               # strength p(chosen > rejected) where the file gives it, as rollouts do
     where: str                    # file:line; in a JSON list file:number of the entry
-    finished: tuple = (True, True)    # whether chosen and rejected ended; one that was cut gets no EOS
+    finished: tuple = (True, True)      # whether chosen and rejected ended; one that was cut gets no EOS
 
 
 @dataclass
@@ -42,17 +48,18 @@ class Report:
     def __str__(self):
         cut = f", {self.cut:,} of them cut to max_length" if self.cut else ""
         reasons = []
-        for reason, where in self.skipped.items():             # lines of its own file go without the file's name
+        for reason, where in self.skipped.items():           # lines of its own file: without the file's name
             places = [os.path.basename(place).removeprefix(self.name + ":") for place in where[:3]]
             reasons.append(f"{len(where):,} {reason} at {', '.join(places + ['…'] * (len(where) > 3))}")
-        skipped = f", {sum(map(len, self.skipped.values())):,} skipped ({'; '.join(reasons)})" if reasons else ""
+        total = sum(map(len, self.skipped.values()))
+        skipped = f", {total:,} skipped ({'; '.join(reasons)})" if reasons else ""
         return f"{self.name}: {self.used:,} rows used{cut}{skipped}"
 
 
 def hh_text(messages):
-    """Messages as HH-RLHF writes a dialogue, without the final "\\n\\nAssistant:"; a system turn is text in front.
+    """Messages as HH-RLHF writes a dialogue, without the last "\\n\\nAssistant:"; system turns are plain.
 
-    A message read from an HH file keeps its raw content with the leading space, so this gives the text back verbatim.
+    A message from an HH file keeps its leading space, so this gives its text back verbatim.
     """
     text = ""
     for message in messages:
@@ -66,10 +73,10 @@ def hh_text(messages):
 
 
 def hh_prompt(text):
-    """The messages of an HH dialogue that stops before "\\n\\nAssistant:"; what is not one stays verbatim text."""
+    """The messages of an HH dialogue that stops before "\\n\\nAssistant:"; other text stays verbatim."""
     _, *parts = re.split(r"\n\n(Human|Assistant):", text)
     messages = [{"role": "user" if name == "Human" else "assistant", "content": content}
-                for name, content in zip(parts[::2], parts[1::2])]
+                for name, content in zip(parts[::2], parts[1::2], strict=True)]
     return messages if messages and hh_text(messages) == text else text + ASSISTANT
 
 
@@ -88,30 +95,68 @@ def read_messages(turns):
     return messages
 
 
-def read_prompt(record, answered):
-    """The prompt of one JSON object, as text or messages; None where only the answer can carry it."""
-    turns = record.get("conversations") or record.get("messages")
-    if "prompt" in record and (answered or turns is None):     # else UltraChat: the answer is in messages
-        prompt = record["prompt"]
-        prompt = prompt if isinstance(prompt, str) else read_messages(prompt)
-    elif "instruction" in record:
-        parts = [record["instruction"], record.get("input", "")]
-        if not all(isinstance(part, str) for part in parts):
-            raise Unusable("the instruction is not text")
-        prompt = [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
-    elif turns and not isinstance(record.get("chosen"), list):
-        prompt = read_messages(turns)
-    elif isinstance(record.get("turns"), list):                # MT-Bench: a later turn needs an answer to the first
-        prompt = read_messages([{"role": "user", "content": turn} for turn in record["turns"][:1]])
-    else:
-        return None
-    if prompt == [] or isinstance(prompt, list) and prompt[-1]["role"] == "user" and not prompt[-1]["content"].strip():
+# -----------------------------------------------------------------------------------------------------------
+# Forms. Each takes a JSON object without its nulls and returns what it finds: the prompt as text or messages,
+# and chosen, rejected, p where they do not stand under these names. None: not this form.
+
+def prompt_and_answers(row, answered):
+    """UltraFeedback, TRL, replayed rollouts, {prompt, response}. UltraChat's answer is in its messages."""
+    if "prompt" in row and (answered or dialogue(row) is None):
+        return {"prompt": row["prompt"] if isinstance(row["prompt"], str) else read_messages(row["prompt"])}
+
+
+def alpaca(row, answered):
+    if "instruction" in row:
+        parts = [part for part in (row["instruction"], row.get("input", "")) if part.strip()]
+        return {"prompt": [{"role": "user", "content": "\n\n".join(parts)}]}
+
+
+def chat(row, answered):
+    """ShareGPT and {messages}. A list under "chosen" brings the whole dialogue itself."""
+    if dialogue(row) and not isinstance(row.get("chosen"), list):
+        return {"prompt": read_messages(dialogue(row))}
+
+
+def mt_bench(row, answered):
+    """The first turn alone: a later one needs an answer to it."""
+    if isinstance(row.get("turns"), list):
+        return {"prompt": read_messages([{"role": "user", "content": turn} for turn in row["turns"][:1]])}
+
+
+def dialogue(row):
+    return row.get("conversations") or row.get("messages")
+
+
+FORMS = (prompt_and_answers, alpaca, chat, mt_bench)        # the first that fits is taken
+
+
+def recognise(record, answered=False):
+    """What one JSON object has: prompt (None: only the answer can bring it), chosen, rejected, p, finished.
+
+    answered: there is an answer, though under no key of ANSWERS. Raises Unusable.
+    """
+    row = {key: value for key, value in record.items() if value is not None}
+    chosen = next((row[key] for key in ANSWERS if key in row), None)
+    answered = answered or chosen is not None
+    named = {"prompt": None, "chosen": chosen, "rejected": row.get("rejected"), "p": row.get("p"),
+             "finished": row.get("finished", [True, True])}
+    try:
+        found = named | next(filter(None, (form(row, answered) for form in FORMS)), {})
+    except (AttributeError, LookupError, TypeError):
+        raise Unusable("a field is missing or has the wrong type") from None
+    last = found["prompt"][-1:] if isinstance(found["prompt"], list) else None
+    if last == [] or last and last[0]["role"] == "user" and not last[0]["content"].strip():
         raise Unusable("empty prompt")
-    return prompt
+    return found
+
+
+def read_prompt(record, answered):
+    """The prompt of one JSON object, as text or messages, or None; raises Unusable."""
+    return recognise(record, answered)["prompt"]
 
 
 def read_answer(value, prompt):
-    """(prompt, response) of an answer: text, one turn, or a whole dialogue that repeats its prompt or brings it."""
+    """(prompt, response) of an answer: text, one turn, or a dialogue that repeats its prompt or brings it."""
     if isinstance(value, str) and prompt is not None:
         return prompt, value
     if isinstance(value, str):
@@ -131,20 +176,13 @@ def read_answer(value, prompt):
 
 def read_row(record, need, where):
     """One JSON object -> Row, whatever its form; raises Unusable. `need` as in read_rows."""
-    if isinstance(record, Unusable):
-        raise record
     if not isinstance(record, dict):
-        raise Unusable("not a JSON object")
-    record = {key: value for key, value in record.items() if value is not None}
-    chosen = next((record[key] for key in ("chosen", "response", "completion", "output") if key in record), None)
-    rejected = record.get("rejected")
-    p = record.get("p") if rejected is not None else None      # a strength is one of two responses
-    prompt = read_prompt(record, chosen is not None)
+        raise record if isinstance(record, Unusable) else Unusable("not a JSON object")
+    prompt, chosen, rejected, p, finished = recognise(record).values()
     if chosen is None and isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         prompt, chosen = prompt[:-1], prompt[-1:]              # a dialogue that ends with its answer
     elif chosen is None and prompt is None and need == "responses":
         prompt, chosen = "", record.get("text")                # pre-training text
-
     query = prompt
     if chosen is not None:
         query, chosen = read_answer(chosen, prompt)
@@ -156,91 +194,80 @@ def read_row(record, need, where):
         raise Unusable("no prompt")
     if need == "prompts":
         return Row(query, None, None, None, where)
-    if p is not None and (isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1):   # NaN fails too
+    p = None if rejected is None else p                        # a strength is one of two responses
+    if p is not None and (type(p) not in (int, float) or not 0 <= p <= 1):               # NaN fails too
         raise Unusable("p is not a number from 0 to 1")
-    finished = record.get("finished", [True, True])            # in replayed rollouts
-    if not isinstance(finished, list) or [type(f) for f in finished] != [bool, bool]:
+    if not isinstance(finished, list) or [type(ended) for ended in finished] != [bool, bool]:
         raise Unusable("finished is not a list of two booleans")
-    if need != "pairs" and p is not None and chosen is not None:                               # p says which one is better
-        if p == 0.5:
-            raise Unusable("p is exactly ½")
-        if p < 0.5:
-            chosen, rejected, finished, p = rejected, chosen, finished[::-1], 1 - p
-    single = need == "judge" and "rejected" not in record
-    for name, text in [("chosen", chosen), ("rejected", rejected)][:1 if need == "responses" or single else 2]:
-        if text is None:
-            raise Unusable(f"no {name} response")
-        if not text.strip() and not (need == "judge" and (chosen + (rejected or "")).strip()):
-            raise Unusable("empty response")
-    if need == "responses":
-        rejected = None
-    elif chosen == rejected:
-        raise Unusable("identical responses")
-    return Row(query, chosen, rejected, p, where, tuple(finished))
+    return serve(Row(query, chosen, rejected, p, where, tuple(finished)), need)
 
+
+def serve(row, need):
+    """The row as `need` asks for it; raises Unusable where it cannot serve."""
+    if row.chosen is None:
+        raise Unusable("no chosen response")
+    if need != "pairs" and row.p is not None and row.p <= 0.5:                 # p says which one is better
+        if row.p == 0.5:
+            raise Unusable("p is exactly ½")
+        row.chosen, row.rejected = row.rejected, row.chosen
+        row.p, row.finished = 1 - row.p, row.finished[::-1]
+    if need == "responses":
+        row.rejected = None
+    blank = [not text.strip() for text in (row.chosen, row.rejected) if text is not None]
+    if all(blank) or any(blank) and need != "judge":
+        raise Unusable("empty response")
+    if row.rejected is None and need in ("pairs", "ordered pairs"):
+        raise Unusable("no rejected response")
+    if row.chosen == row.rejected:
+        raise Unusable("identical responses")
+    return row
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Files
 
 def json_records(path):
-    """Yields (line number, JSON value or Unusable); for a file that is one JSON list (entry number, value).
+    """Yields (line number, JSON value or Unusable); for a .json file that is one list (entry number, value).
 
     InputError: the file cannot be read.
     """
-    number = 0
     try:
-        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
-            lines = file                                       # bytes break at \n only, so U+2028 stays inside a line
+        with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as lines:
             if path.lower().removesuffix(".gz").endswith(".json"):
-                parts = []
-                for number, part in enumerate(file, 1):        # by the line, so that an error can name one
-                    parts.append(part)
-                raw = b"".join(parts)
-                if raw.removeprefix(BOM).lstrip().startswith(b"["):
-                    yield from enumerate(json_list(raw.removeprefix(BOM), path), 1)
+                content = lines.read()
+                if content.lstrip(BOM + b" \t\r\n").startswith(b"["):
+                    yield from enumerate(json.loads(content.decode("utf-8-sig")), 1)
                     return
-                lines = raw.split(b"\n")                       # JSON lines under the name .json
-            for number, line in enumerate(lines, 1):
-                line = line.removeprefix(BOM) if number == 1 else line
-                try:
-                    record = json.loads(line.decode()) if line.strip() else None
-                except (ValueError, RecursionError) as error:
-                    record = Unusable("broken UTF-8" if isinstance(error, UnicodeDecodeError) else "broken JSON")
+                lines = content.split(b"\n")                   # JSON lines under the name .json
+            for number, line in enumerate(lines, 1):         # bytes break at \n only, not at U+2028
                 if line.strip():
-                    yield number, record
-    except (OSError, EOFError, zlib.error) as error:             # EOFError: a gzip file that stops in the middle
-        if getattr(error, "strerror", None):
-            raise InputError(f"{path}: cannot be read: {error.strerror}.") from None
-        raise InputError(f"{path}: cannot be read from line {number + 1} on: {error}.") from None
+                    yield number, json_line(line)
+    except (OSError, EOFError, zlib.error) as error:         # EOFError: a gzip file that stops in the middle
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}.") from None
 
 
-def json_list(raw, path):
-    """The entries of a JSON list; those with bytes that are no UTF-8 are Unusable. InputError: it is no list."""
-    text = raw.decode(errors="surrogateescape")                # bytes that are no UTF-8 spoil only their own entry
+def json_line(line):
     try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not a JSON list: {error}.") from None
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: not a JSON list: it is nested too deeply or has a number of too many digits.") from None
-    broken = re.compile("[\udc80-\udcff]").search
-    if not broken(text):
-        return records
-    return [Unusable("broken UTF-8") if is_deep(record) or broken(json.dumps(record, ensure_ascii=False)) else record
-            for record in records]
+        return json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:      # nested too deeply and too many digits are among them
+        return Unusable("broken UTF-8" if isinstance(error, UnicodeDecodeError) else "broken JSON")
 
 
 def read_rows(path, need):
-    """Reads a .jsonl or .json file (or .gz of one) of preference, instruction or prompt rows -> (list[Row], Report).
+    """A .jsonl or .json file (or .gz) of preference, instruction or prompt rows -> (list[Row], Report).
 
-    The form is recognised row by row: HH dialogues; prompt/chosen/rejected as text or messages (UltraFeedback, TRL,
-    replayed rollouts with p); ShareGPT; Alpaca; prompt/response; messages; text; prompt; MT-Bench turns.
-    need: "pairs" (chosen and rejected as they stand, and p where the row has one), "ordered pairs" (chosen is the better
-    one), "judge" (ordered pairs of which one may be blank, or a response alone), "responses" (the better one alone) or
-    "prompts". The better one is chosen, unless the row has a p below ½.
+    The form is recognised row by row (FORMS).
+    need: "pairs" (chosen and rejected as they stand, and p where the row has one), "ordered pairs" (chosen is
+    the better one), "judge" (ordered pairs of which one may be blank, or a response alone), "responses" (the
+    better one alone) or "prompts". The better one is chosen, unless the row has a p below ½.
     Unusable rows are counted by reason. InputError: the file cannot be read, or has no usable row.
     """
     path = str(path)
     if path.lower().endswith(".parquet"):
-        raise InputError(f"{path}: parquet is not read; convert it with: python -c \"import pandas; "
-                         f"pandas.read_parquet('{path}').to_json('{path[:-8]}.jsonl', orient='records', lines=True)\"")
+        code = f"pandas.read_parquet('{path}').to_json('{path[:-8]}.jsonl', orient='records', lines=True)"
+        raise InputError(f'{path}: parquet is not read; convert it with: python -c "import pandas; {code}"')
     if not path.lower().endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz")):
         raise InputError(f"{path}: not a data file: .jsonl, .json and their .gz are read.")
     rows, skipped = [], {}
@@ -251,8 +278,8 @@ def read_rows(path, need):
         except Unusable as reason:
             skipped.setdefault(str(reason), []).append(where)
     if not rows:
-        first = next((f"{os.path.basename(where[0])}: {reason}" for reason, where in skipped.items()), "it is empty")
-        raise InputError(f"{path}: no row can be used for {need}; {first}.")
+        firsts = [f"{os.path.basename(where[0])}: {reason}" for reason, where in skipped.items()]
+        raise InputError(f"{path}: no row can be used for {need}; {[*firsts, 'it is empty'][0]}.")
     return rows, Report(os.path.basename(path), len(rows), skipped)
 
 
@@ -265,8 +292,8 @@ def split_weight(spec):
 def read_data(specs, need, seed):
     """Rows of several files, each `file` or `file:weight` -> (list[Row], list[Report]).
 
-    Weight w repeats the file's rows floor(w) times and adds a seeded draw for the rest: 0.1 takes a tenth of them. Draws are
-    nested: a smaller share is part of a larger one.
+    Weight w repeats the file's rows floor(w) times and adds a seeded draw for the rest: 0.1 takes a tenth.
+    Draws are nested: a smaller one is part of a larger one.
     """
     rows, reports = [], []
     for position, spec in enumerate(specs):
@@ -275,8 +302,7 @@ def read_data(specs, need, seed):
             raise InputError(f"{spec}: the weight of a data file is a number above 0 and not above 1000.")
         found, report = read_rows(path, need)
         drawn = max(round(weight % 1 * len(found)), int(weight < 1))
-        order = random.Random(f"{seed} {position}").sample(range(len(found)), len(found))        # a tenth is part of a fifth
-        indices = sorted(order[:drawn])
-        rows += found * int(weight) + [found[i] for i in indices]
+        order = random.Random(f"{seed} {position}").sample(range(len(found)), len(found))
+        rows += found * int(weight) + [found[i] for i in sorted(order[:drawn])]
         reports.append(report)
     return rows, reports

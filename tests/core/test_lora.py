@@ -1,5 +1,5 @@
-"""Adapters: what a layer with them computes, that nothing else is trained, that the base stays at hand as reference and judge,
-and that final/ and adapter/ are what transformers and PEFT read.
+"""Adapters: what a layer with them computes, that nothing else is trained, that the base stays at hand as reference
+and judge, and that final/ and adapter/ are what transformers and PEFT read.
 """
 import json
 import math
@@ -12,12 +12,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-import data
+import forest
 import losses
 import model
 import tiny
 import train
 from support.cli import InputError
+from support.reference_cache import ReferenceCache
 
 TOKENS = torch.randint(0, 400, (2, 40), generator=torch.Generator().manual_seed(0))
 # (inputs + outputs) of the linear layers of one block: q k v o gate up down, and qkv o up down
@@ -39,21 +40,17 @@ def world(tmp_path_factory):
 def settings(world, out, **changes):
     """Settings of a short float64 run whose steps are large enough to see."""
     return train.Settings(**{
-        "model": str(world / "llama"), "data": [str(world / "pairs.jsonl")], "out_dir": str(out), "recipe": "dpo", "steps": 3,
-        "batch_size": 4, "lr": 1e-2, "warmup_steps": 0, "max_length": 96, "max_tokens": 12, "k": 4, "dtype": "float64",
-        "lora_rank": 4, "lora_alpha": 8.0, **changes})
+        "model": str(world / "llama"), "data": [str(world / "pairs.jsonl")], "out_dir": str(out), "recipe": "dpo",
+        "steps": 3, "batch_size": 4, "lr": 1e-2, "warmup_steps": 0, "max_length": 96, "max_tokens": 12, "k": 4,
+        "dtype": "float64", "lora_rank": 4, "lora_alpha": 8.0, **changes})
 
 
 def trained(world, out, **changes):
-    """(the trainer behind its last step, its metrics without times)."""
+    """(the trainer after its last step, its metrics without times)."""
     trainer = train.Trainer(settings(world, out, **changes))
     trainer.run()
-    return trainer, metrics(out)
-
-
-def metrics(out):
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    return trainer, [{key: value for key, value in row.items() if "second" not in key} for row in rows]
 
 
 @torch.no_grad()
@@ -78,7 +75,7 @@ def disturb(net, seed=0):
     return net
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # The layer
 
 def test_a_layer_worked_by_hand():
@@ -86,14 +83,16 @@ def test_a_layer_worked_by_hand():
     A x = (3, -2), B A x = (-1, -6). With alpha 6 and rank 2 the scale is 3: (1 - 3, 9 - 18) = (-2, -9)."""
     net = adapted_net("neox", rank=2, alpha=6.0)
     layer = net.blocks[0].attention.o
-    for name, values in dict(weight=[[1, 0], [2, 1]], bias=[0, 5], lora_a=[[1, 1], [0, -1]], lora_b=[[1, 2], [0, 3]]).items():
+    given = dict(weight=[[1, 0], [2, 1]], bias=[0, 5], lora_a=[[1, 1], [0, -1]], lora_b=[[1, 2], [0, 3]])
+    for name, values in given.items():
         setattr(layer, name, torch.nn.Parameter(torch.tensor(values).double()))
     layer.out_features = 2
     x = torch.tensor([1.0, 2.0], dtype=torch.float64)
     assert layer(x).tolist() == [-2, -9]
     with model.without_adapters(net):
         assert layer(x).tolist() == [1, 9]
-    assert dict(model.merged(net))["blocks.0.attention.o.weight"].tolist() == [[1 + 3 * 1, 0 + 3 * -1], [2 + 3 * 0, 1 + 3 * -3]]
+    merged = dict(model.merged(net))["blocks.0.attention.o.weight"]
+    assert merged.tolist() == [[1 + 3 * 1, 0 + 3 * -1], [2 + 3 * 0, 1 + 3 * -3]]
 
 
 @families
@@ -120,7 +119,8 @@ def test_a_fresh_a_is_uniform_and_a_function_of_the_seed():
             assert not tensor.any()
         else:
             bound = tensor.shape[1] ** -0.5
-            assert 0.95 * bound < tensor.abs().max() <= bound and tensor.std() == pytest.approx(bound / 3 ** 0.5, rel=0.1)
+            assert 0.95 * bound < tensor.abs().max() <= bound
+            assert tensor.std() == pytest.approx(bound / 3 ** 0.5, rel=0.1)
             assert not torch.equal(tensor, other[name])
     a = [tensor.flatten()[:8].tolist() for name, tensor in first.items() if name.endswith("lora_a")]
     assert len({tuple(row) for row in a}) == len(a) == 14
@@ -130,7 +130,7 @@ def test_a_fresh_a_is_uniform_and_a_function_of_the_seed():
 def test_the_gradient_at_the_start(family, world, tmp_path):
     """B is 0, so A gets none and B some, in every layer; the frozen weights have none at all."""
     trainer = train.Trainer(settings(world, tmp_path, model=str(world / family)))
-    trainer.objective(trainer.data.rows[:4], trainer.new_log()).backward()
+    trainer.loss(trainer.data.rows[:4]).sum().backward()
     for name, weight in trainer.policy.named_parameters():
         if name.endswith("lora_a"):
             assert not weight.grad.any(), name
@@ -166,15 +166,15 @@ def test_without_adapters_ends_with_an_error_too():
         assert nothing is None
 
 
-def test_a_cast_network_has_its_adapters():
+def test_the_compute_type_has_the_adapters():
     net = disturb(adapted_net("llama"))
-    low = model.cast(net, torch.float32)
+    low = model.in_compute_dtype(net, torch.float32)
     assert {weight.dtype for weight in low.parameters()} == {torch.float32}
     assert (logits(low) - logits(net)).abs().max() < 1e-3
     assert (logits(tiny.net("llama", vocab_size=420)) - logits(net)).abs().max() > 1e-2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # Training
 
 @pytest.mark.parametrize("recipe", ["dpo", "sr-dpo", "osp"])
@@ -188,7 +188,7 @@ def test_the_first_step_is_exact(recipe, family, world, tmp_path):
 
 @families
 def test_only_the_adapters_are_trained(family, world, tmp_path):
-    """As many numbers as the formula says, all of them changed; the base keeps its bits, and without adapters its logits."""
+    """As many numbers as the formula says, all changed; the base keeps its bits and, without adapters, its logits."""
     trainer, _ = trained(world, tmp_path, model=str(world / family))
     base = model.load(world / family, torch.float64)
     policy = dict(trainer.policy.named_parameters())
@@ -207,10 +207,8 @@ def test_only_the_adapters_are_trained(family, world, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["dpo", "sr-dpo", "osp"])
 def test_the_base_is_its_own_reference_and_judge(recipe, world, tmp_path, monkeypatch):
-    """One network in memory, and every figure is that of a run whose reference and judge are read from a copy of the folder."""
-    monkeypatch.setattr(train, "rounded", lambda value: value)
-    read = []
-    load = model.load
+    """One network in memory, and every figure is that of a run whose reference and judge are read from a copy."""
+    read, load = [], model.load
     monkeypatch.setattr(model, "load", lambda folder, *rest: read.append(Path(folder).name) or load(folder, *rest))
     one, first = trained(world, tmp_path / "one", recipe=recipe, steps=5)
     assert read == ["llama"] and one.reference is one.policy and one.judge in (None, one.policy)
@@ -230,15 +228,14 @@ def test_a_cached_reference_is_the_base(world, tmp_path):
     """With adapters that have come from somewhere: what is kept of the reference is what the folder says."""
     trainer = train.Trainer(settings(world, tmp_path / "out", reference_cache=str(tmp_path / "cache")))
     assert trainer.reference is None
-    base, pair = model.load(world / "llama", torch.float64), trainer.data.rows[3]
+    pairs, base = trainer.data.rows, model.load(world / "llama", torch.float64)
     disturb(trainer.policy)
     trainer.reference = trainer.policy                # once more, and now the adapters would show
-    cache = train.checkpoint.ReferenceCache(trainer.settings, trainer.dtype, trainer.data.rows, False)
-    kept = cache.values["x"].clone()
-    trainer.fill(cache)
+    again = trainer.reference_logprobs(*train.pack_pairs(pairs, "x"))
+    kept = ReferenceCache(trainer.settings, trainer.dtype, pairs, False).values["x"]
     with torch.no_grad():
-        alone = losses.logprobs(base, data.pack([pair.x + pair.chosen]), [len(pair.x)]).item()
-    assert (cache.values["x"] - kept).abs().max() < 1e-9 and kept[3, 0].item() == pytest.approx(alone, abs=1e-9)
+        alone = losses.logprobs(base, forest.pack([pairs[3].x + pairs[3].chosen]), [len(pairs[3].x)]).item()
+    assert (again - kept).abs().max() < 1e-9 and kept[3, 0].item() == pytest.approx(alone, abs=1e-9)
 
 
 def test_samples_come_from_the_adapted_policy(world, tmp_path):
@@ -247,7 +244,8 @@ def test_samples_come_from_the_adapted_policy(world, tmp_path):
         trained(world, tmp_path / name, recipe="osp", lr=lr, steps=2)
     rows = [[json.loads(line) for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()]
             for name in ("still", "moving")]
-    texts = [[[row["chosen"], row["rejected"]] for row in one if row["step"] == step] for step in (1, 2) for one in rows]
+    texts = [[[row["chosen"], row["rejected"]] for row in one if row["step"] == step]
+             for step in (1, 2) for one in rows]
     assert texts[0] == texts[1] and texts[2] != texts[3]
 
 
@@ -265,14 +263,14 @@ def test_half_precision(recipe, world, tmp_path):
     kinds = {("lora_" in name, weight.dtype) for name, weight in trainer.policy.named_parameters()}
     assert kinds == {(False, torch.bfloat16), (True, torch.float32)}
     assert {value.dtype for state in trainer.optimizer.state.values() for value in state.values()} == {torch.float32}
-    assert {weight.dtype for weight in load_file(tmp_path / "final/model.safetensors").values()} == {torch.bfloat16}
-    assert {weight.dtype for weight in load_file(tmp_path / "adapter/adapter_model.safetensors").values()} == {torch.float32}
+    for file, dtype in (("final/model", torch.bfloat16), ("adapter/adapter_model", torch.float32)):
+        assert {weight.dtype for weight in load_file(tmp_path / f"{file}.safetensors").values()} == {dtype}
     if recipe != "sft":
         assert rows[0]["margin"] == 0 and rows[0]["loss"] == pytest.approx(math.log(2), rel=1e-3)
     assert rows[-1]["loss"] != rows[0]["loss"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
 # On disk
 
 @families
@@ -310,12 +308,13 @@ def test_a_checkpoint_holds_adapters_and_their_optimizer(world, tmp_path):
     trainer, _ = trained(world, tmp_path, optimizer="adam")
     saved = {name: tensor for file in (tmp_path / "checkpoint/step-3").glob("*.safetensors")
              for name, tensor in load_file(file).items()}
-    assert saved.keys() == trainer.saved().keys() and all("lora_" in name for name in saved)
+    assert saved.keys() == trainer.state_tensors().keys() and all("lora_" in name for name in saved)
     numbers = 4 * 2 * ENDS["llama"]
     assert sum(tensor.numel() for tensor in saved.values()) == 3 * numbers + 2 * 14
     trained(world, tmp_path / "full", optimizer="adam", lora_rank=0, lora_alpha=32.0)
-    size = lambda out: sum(file.stat().st_size for file in (out / "checkpoint/step-3").iterdir())      # noqa: E731
-    assert 3 * 8 * numbers < size(tmp_path) < size(tmp_path / "full") / 2
+    small, large = (sum(file.stat().st_size for file in (out / "checkpoint/step-3").iterdir())
+                    for out in (tmp_path, tmp_path / "full"))
+    assert 3 * 8 * numbers < small < large / 2
     assert not (tmp_path / "full/adapter").exists()
 
 
@@ -329,7 +328,8 @@ def test_resume_is_bit_for_bit(recipe, optimizer, world, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "parts/checkpoint").iterdir()] == ["step-4"]
     parts, rows = trained(world, tmp_path / "parts", **changes)
     assert rows == expected
-    assert all(torch.equal(tensor, parts.saved()[name]) for name, tensor in whole.saved().items())
+    assert all(torch.equal(tensor, parts.state_tensors()[name])
+               for name, tensor in whole.state_tensors().items())
     for file in ("final/model.safetensors", "adapter/adapter_model.safetensors"):
         a, b = (load_file(tmp_path / name / file) for name in ("whole", "parts"))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -343,8 +343,7 @@ def test_what_adapters_belong_to_may_not_change(world, tmp_path):
             trained(world, tmp_path, steps=2, **changes)
 
 
-@pytest.mark.parametrize("typed, words", [("--lora_alpha=16", "--lora_alpha would change nothing"),
-                                          ("--lora_rank=-1", "--lora_rank=-1"),
+@pytest.mark.parametrize("typed, words", [("--lora_rank=-1", "--lora_rank=-1"),
                                           ("--lora_rank=2 --lora_alpha=0", "--lora_alpha=0")])
 def test_settings_that_cannot_be(typed, words, world, tmp_path, monkeypatch, capsys):
     code, _, error = tiny.command(train, capsys, monkeypatch, "--recipe=dpo", f"--model={world / 'llama'}",

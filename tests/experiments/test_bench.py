@@ -1,4 +1,4 @@
-"""bench.py: both sides of a row compute the same (transformers is the oracle), and the alternation is fair."""
+"""bench.py: both sides of a row compute the same (transformers is the oracle), and they take turns fairly."""
 import contextlib
 import statistics
 import time
@@ -6,12 +6,14 @@ import time
 import pytest
 import torch
 
-from experiments import bench
 import data
+from experiments import bench
 from support.cli import InputError
+from support.rows import read_rows
+from support.tokenizer import load_tokenizer
 
-SMALL = dict(width=32, layers=2, heads=2, ffn=64, batch_size=4, micro_batch_size=2, peer_micro_batch_sizes=[4], k=3,
-             max_tokens=12, rounds=1)
+SMALL = dict(width=32, layers=2, heads=2, ffn=64, batch_size=4, micro_batch_size=2, k=3, max_tokens=12, rounds=1,
+             peer_micro_batch_sizes=[4])
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +41,11 @@ class FirstWord:
 
 
 def test_made_up_work(work):
-    """32,000 ids, text that comes back whole, and lengths spread like HH-RLHF's: half of the prompts below 110 tokens or so."""
+    """32,000 ids, text that comes back whole, and HH-RLHF's lengths: a median prompt of 110 tokens or so."""
     settings, folder = work
-    tokenizer = data.load_tokenizer(folder / "model")
+    tokenizer = load_tokenizer(folder / "model")
     assert tokenizer.vocab_size == 32000
-    rows, _ = data.read_rows(folder / "pairs.jsonl", "pairs")
+    rows, _ = read_rows(folder / "pairs.jsonl", "pairs")
     for row in rows[:20]:
         assert tokenizer.decode(tokenizer.encode(row.chosen)) == row.chosen
     pairs, _ = data.encode_dataset(tokenizer, rows, "hh", 512, 256)
@@ -73,6 +75,25 @@ def test_sft_is_what_transformers_trains_on(work):
     bench.agree(ours, peer, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("side, more", [(bench.our_pairs, dict(recipe="sr-dpo")), (bench.our_online, {})])
+def test_our_sides_step(work, side, more, monkeypatch):
+    """The sides whose peers are not installed here: a step of each."""
+    monkeypatch.setattr(bench.judge, "ranking_passes", bench.judge.ranking_passes)     # it is replaced
+
+    class OneStep(FirstWord):
+        def say(self, **facts):
+            self.facts = facts
+
+        def __enter__(self):
+            if hasattr(self, "stepped"):
+                raise bench.Done
+            self.stepped = True
+
+        def __exit__(self, *problem):
+            pass
+    assert OneStep.of(side, *work, **more).stepped
+
+
 def test_sides_that_disagree_are_not_timed(work):
     ours, peer = FirstWord(), FirstWord()
     ours.name, ours.facts = "ours", {"check": {"P(A)": [0.5, 0.4]}}
@@ -98,8 +119,8 @@ def noted(settings, folder, device, turns, letter, size):
 
 
 def test_sides_take_turns(tmp_path):
-    """Never two at once (each name stands twice in a row: it began and ended); who is first changes from round to round after
-    the one that warms up; and b holds 40 MB more than a."""
+    """Never two at once (each name stands twice in a row: it began and ended); who is first changes from
+    round to round after the one that warms up; and b holds 40 MB more than a."""
     sides = [bench.Side(name, noted, bench.Settings(**SMALL), tmp_path, letter=name, size=size)
              for name, size in (("a", 1), ("b", 10 ** 7))]
     bench.alternate(sides, 3)
@@ -115,8 +136,9 @@ def test_a_side_that_fails_is_named(tmp_path):
         bench.Side("unlucky", bench.our_sampling, bench.Settings(**SMALL), tmp_path)       # no model there
 
 
-@pytest.mark.parametrize("changes, word", [(dict(rows=["dpo", "tpo"]), "tpo"), (dict(dtype="int8"), "--dtype=int8"),
-                                           (dict(peer_micro_batch_sizes=[3]), "divisors"), (dict(rounds=0), "--rounds=0")])
+@pytest.mark.parametrize("changes, word", [
+    (dict(rows=["dpo", "tpo"]), "tpo"), (dict(dtype="int8"), "--dtype=int8"),
+    (dict(peer_micro_batch_sizes=[3]), "divisors"), (dict(rounds=0), "--rounds=0")])
 def test_bad_settings_are_named(changes, word):
     with pytest.raises(InputError, match=word):
         bench.Settings(**changes)

@@ -5,17 +5,19 @@ import numpy as np
 import pytest
 import transformers
 
-import data
+import recipes
 import tiny
-from experiments import toy
 import train
+from experiments import toy
 from support.cli import InputError
+from support.tokenizer import load_tokenizer
 
+TRAINERS = {name: (recipes.Settings, train.Trainer) for name in recipes.RECIPES}
 SEA = "A calm line about the sea at dawn:"
 
 
 @pytest.mark.parametrize("response, total", [
-    ("calm waves tide shells dawn thanks", 4.5),       # ½ + 1 + 1 + 1 + ½ + ½, in six words: the best there is
+    ("calm waves tide shells dawn thanks", 4.5),       # ½ + 1 + 1 + 1 + ½ + ½, in six words: the best
     ("waves tide", 2.0),
     ("waves waves", 0.5),                              # a repeated word costs ½
     ("waves tide shells sails", 3.0),                  # a fourth noun adds nothing
@@ -29,9 +31,9 @@ def test_reward_by_hand(response, total):
 
 
 def test_floor_and_ceiling():
-    """No response of the data or of random words leaves [-1, 1], for every prompt a response reaches 1, and -1 is reached."""
+    """No response of the data or of random words leaves [-1, 1]; for each prompt one reaches 1, one -1."""
     rng = np.random.default_rng(0)
-    words = [w for table in (toy.TOPICS, toy.CRAFTS) for row in table.values() for w in row] + toy.POLITE + toy.RUDE + toy.WISHES
+    words = [*toy.WORDS, *toy.WISHES]
     for prompt in list(toy.PROMPTS.values())[::7]:
         best = " ".join([prompt.wish, *prompt.nouns[:3], prompt.time.split()[1], toy.POLITE[0]])
         assert toy.reward(prompt.text, best) == 1
@@ -54,7 +56,7 @@ def test_the_world_is_a_function_of_its_seed():
 
 
 def test_labels_are_bradley_terry():
-    """Among 4,000 pairs the better response is chosen as often as Σ σ(5 |r - r′|) says, within four standard deviations."""
+    """Among 4,000 pairs the better one is chosen as often as Σ σ(5 |r - r′|) says, within four deviations."""
     rows = toy.label_pairs(toy.split(0)[0], 4000, np.random.default_rng(0))
     gaps = [toy.reward(r["prompt"], r["chosen"]) - toy.reward(r["prompt"], r["rejected"]) for r in rows]
     chances = [1 / (1 + math.exp(-toy.SHARPNESS * abs(gap))) for gap in gaps if gap]
@@ -64,9 +66,9 @@ def test_labels_are_bradley_terry():
 
 @pytest.mark.parametrize("family", ["llama", "neox"])
 def test_tokenizers_of_the_world(family, tmp_path):
-    """The untrained folder loads here and in transformers, ids are equal, texts come back, all words of the world are short."""
+    """The untrained folder loads here and in transformers: equal ids, texts come back, words are short."""
     toy.write_model(tmp_path, family, 0)
-    ours, theirs = data.load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     for row in toy.world(0)["sft"][:200]:
         for text in (row["prompt"], row["prompt"] + row["response"]):
             assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
@@ -82,27 +84,29 @@ def miniature(monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "neox"])
 def test_the_whole_job_in_miniature(family, miniature, tmp_path, capsys):
-    """Every stage runs on the files of the one before, the table has its rows, and a second call prints it again."""
-    settings = train.Settings(out_dir=str(tmp_path), toy_family=family, k=3)
-    toy.main(settings)
+    """Every stage runs on the files of the one before, the table has its rows; a second call prints it."""
+    settings = recipes.Settings(out_dir=str(tmp_path), toy_family=family, k=3)
+    toy.main(settings, TRAINERS)
     printed = capsys.readouterr().out
     for name in ("base", "sft", "judge", "osp"):
-        assert (tmp_path / name / "final" / "model.safetensors").exists() and f"--out_dir={tmp_path / name}" in printed
+        assert (tmp_path / name / "final" / "model.safetensors").exists()
+        assert f"--out_dir={tmp_path / name}" in printed
     table = (tmp_path / "result-osp.txt").read_text()
-    rows = {line.split()[0]: line.split() for line in table.splitlines() if line[:4] in ("sft ", "judg", "osp ")}
+    rows = {line.split()[0]: line.split() for line in table.splitlines() if line.strip()}
     assert {"sft", "judge", "osp"} <= rows.keys() and -1 <= float(rows["osp"][1]) <= 1
     assert "judge accuracy" in table and "held-out loss" in table
-    toy.main(settings)
+    toy.main(settings, TRAINERS)
     assert table in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("resume", ["never", "force"])
 def test_another_world_is_made_or_refused(resume, miniature, tmp_path):
-    """Another family and seed on the same out_dir: refused, or all is made anew, and nothing of the old world stays."""
+    """Another family and seed on the same out_dir: refused, or all is made anew and nothing old stays."""
     def job(out, **changes):
-        toy.main(train.Settings(recipe="sft", out_dir=str(out), **changes))
-        return {path.relative_to(out): path.read_bytes() for path in [*out.glob("world/**/*.*"), *out.glob("*/final/*.*")]
-                if path.is_file()} | {"table": (out / "result-sft.txt").read_text()}
+        toy.main(recipes.Settings(recipe="sft", out_dir=str(out), **changes), TRAINERS)
+        files = [path for path in [*out.glob("world/**/*.*"), *out.glob("*/final/*.*")] if path.is_file()]
+        return {path.relative_to(out): path.read_bytes() for path in files} | {
+            "table": (out / "result-sft.txt").read_text()}
 
     other = dict(toy_family="neox", seed=1)
     first, there = job(tmp_path / "a"), job(tmp_path / "b", **other)
@@ -118,7 +122,7 @@ def test_a_half_written_world_is_made_again(miniature, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(toy, "write_model", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            toy.main(train.Settings(recipe="sft", out_dir=str(tmp_path)))
+            toy.main(recipes.Settings(recipe="sft", out_dir=str(tmp_path)), TRAINERS)
     assert (tmp_path / "world" / "sft.jsonl").exists() and not (tmp_path / "world" / "world.json").exists()
-    toy.main(train.Settings(recipe="sft", out_dir=str(tmp_path)))
+    toy.main(recipes.Settings(recipe="sft", out_dir=str(tmp_path)), TRAINERS)
     assert (tmp_path / "world" / "world.json").exists() and (tmp_path / "result-sft.txt").exists()
