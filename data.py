@@ -7,8 +7,11 @@ its start: alone it has sentencepiece's word-start, after p it goes on as text d
 here inserts special ids; contents are plain text. Rows of files come from support/rows.py, tokenizers from
 support/tokenizer.py.
 """
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
+
+import numpy as np
 
 from forest import Forest, grow, pack
 from support.cli import InputError
@@ -258,3 +261,87 @@ def encode_dataset(tokenizer, rows, chat, max_length, max_prompt_length, refinem
         raise InputError(f"no row is left after encoding: within --max_length={max_length} chosen and rejected "
                          f"are the same ids (first: {first}).")
     return pairs, Report(name, len(pairs), skipped, sum(pair.cut for pair in pairs))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a run is trained on
+
+class Dataset:
+    """Rows as ids, in an order that is a pure function of (seed, epoch)."""
+
+    def __init__(self, settings, tokenizer, context, instructions, say):
+        """instructions(rows) -> Sequences: the judge's, made of rows that are pairs; say: prints what was read."""
+        s, recipe = settings, settings.recipes[settings.recipe]
+        self.settings, self.recipe, self.tokenizer, self.say = s, recipe, tokenizer, say
+        self.instructions = instructions
+        refined = s.refinement_prompt if recipe.is_refined else None
+        p_length = len(tokenizer.encode(refined)) if refined else 0
+        self.max_length, prompt_length, self.max_tokens = s.lengths(context, p_length, len(tokenizer.prefix(False)))
+        self.limits = dict(chat=check_chat(tokenizer, s.chat), max_length=self.max_length,
+                           max_prompt_length=prompt_length, refinement_prompt=refined)
+        files = (s.prompts or s.data) if recipe.online else s.data
+        if not files:
+            raise InputError(f"--{'prompts' if recipe.online else 'data'}: name the file for {s.recipe}.")
+        if recipe.online:
+            need, held_out = "prompts", "pairs"          # pairs measure what the fresh samples taught
+            if recipe.loss == "sft":
+                held_out = "responses"
+            elif recipe.pairs == "spin":
+                need = "responses"
+            elif recipe.pairs is None:
+                held_out = "prompts"
+        else:
+            need = held_out = {"sft": "responses", "judge": "judge"}.get(s.recipe, "pairs")
+        self.rows = self.read(files, need, s.data_fraction)
+        self.held_out = self.read(s.eval_data, held_out) if s.eval_data else []
+
+    def read(self, files, need, fraction=1.0):
+        """The rows of some files: Pairs, or Sequences where single responses are learned."""
+        parts = [split_weight(file) for file in files] if fraction < 1 else []
+        files = [f"{path}:{weight * fraction}" for path, weight in parts] or files
+        rows, reports = read_data(files, need, self.settings.seed)
+        for report in reports:
+            self.say(report)
+        instructions = []
+        if need == "judge":
+            # Responses without a rival stay what they are: who only learned to say A or B could not answer.
+            pairs, rows = [row for row in rows if row.rejected is not None], [row for row in rows if row.rejected is None]
+            if not pairs:
+                raise InputError(f"{', '.join(files)}: no row has a rejected response; there is nothing to judge.")
+            instructions = self.instructions(pairs)
+            if not rows:
+                return instructions
+        pairs, report = encode_dataset(self.tokenizer, rows, **self.limits, max_tokens=self.max_tokens)
+        if report.skipped or report.cut:
+            self.say(report)
+        if self.recipe.loss == "sft" and need in ("responses", "judge"):
+            return instructions + [Sequence(pair.x + pair.chosen, len(pair.x)) for pair in pairs]
+        return self.ordered(pairs, files) if self.recipe.labels == "hard" and need == "pairs" else pairs
+
+    def ordered(self, pairs, files):
+        """The better response first: where a row has a p (a replayed rollout), that names the winner."""
+        decided = [named_winner(pair) for pair in pairs if pair.strength != 0.5]
+        if len(decided) < len(pairs):
+            self.say(f"{len(pairs) - len(decided)} of {len(pairs)} pairs have p = ½ and no winner: left out")
+        if not decided:
+            raise InputError(f"{', '.join(files)}: every pair has p = ½; {self.settings.recipe} needs a winner.")
+        return decided
+
+    def __len__(self):
+        return len(self.rows)
+
+    def positions(self, start, stop):
+        """The rows at places start … stop - 1 of an endless row of shuffled epochs."""
+        found, n = [], len(self.rows)
+        for epoch in range(start // n, (stop - 1) // n + 1):
+            order = np.random.default_rng([self.settings.seed, 1, epoch]).permutation(n)
+            first, last = max(start - epoch * n, 0), min(stop - epoch * n, n)
+            found += [self.rows[i] for i in order[first:last]]
+        return found
+
+
+def named_winner(pair):
+    """The pair with the response first that p calls the better one."""
+    if pair.strength is None or pair.strength > 0.5:
+        return pair
+    return dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen)

@@ -7,7 +7,6 @@ The last line printed is one JSON object. Paper 2 (OSP, arXiv 2405.14103), secti
 
 Letters: N pairs, Q = 2N questions (both orders of each pair), P prompts, K samples per prompt, D width.
 """
-import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from sample import load_model
 from support import cli
 from support.cli import InputError, setting
 from support.ranks import pick_device
-from support.rows import Unusable, json_records, read_prompt
+from support.verdicts import read_responses, report, win_rate
 
 # ------------------------------------------------------------------------------------------------------------
 # The instruction
@@ -79,8 +78,8 @@ class JudgePrompt:
     def both_orders(self, context, first, second):
         """The two Questions of a pair, `first` at A and `first` at B; both are cut alike.
 
-        What is too long loses the front of its context, then the ends of both responses down to one cap, never
-        the instruction. InputError when even that leaves no room.
+        What is too long loses the front of its context, then the ends of both responses down to one cap,
+        never the instruction. InputError when even that leaves no room.
         """
         # Cuts are counted in the uncut ids and only ever grow: a text that starts in mid-word may take one
         # token more than it had in its place, and half a character (dropped here) would take three.
@@ -194,8 +193,7 @@ def compare(net, judge_prompt, pairs):
 def ranked_pairs(strengths):
     """Best with worst, second best with second worst, …: (K,) -> K // 2 pairs (winner, loser) of indices.
 
-    K = 7 in falling order gives (0, 6), (1, 5), (2, 4); the median is dropped. Ties keep their order. Paper 2,
-    algorithm 1.
+    K = 7 in falling order gives (0, 6), (1, 5), (2, 4); the median is dropped. Ties keep their order.
     """
     order = sorted(range(len(strengths)), key=lambda i: -float(strengths[i]))
     return [(order[i], order[-1 - i]) for i in range(len(order) // 2)]
@@ -302,59 +300,6 @@ def augmentation(judge_prompt, rows, seed):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Reports
-
-def report(verdicts, lengths):
-    """What a judge's verdicts on pairs (chosen, rejected) say about it; lengths: N pairs of response lengths.
-
-    accuracy: the chosen one wins (p > ½; p = ½ counts half). flip_rate: the two orders disagree.
-    first_slot_rate: slot A wins, over both orders. longer_wins: the longer one wins, where lengths differ.
-    ece: expected calibration error of max(p, 1 - p), ten bins. cut: share of pairs that were shortened.
-    """
-    p = verdicts.p.numpy()
-    score = (p > 0.5) + 0.5 * (p == 0.5)
-    longer = np.sign([a - b for a, b in lengths])
-    prefers_longer = np.where(longer > 0, score, 1 - score)[longer != 0]
-    confidence, right = np.maximum(p, 1 - p), np.where(p == 0.5, 0.5, p > 0.5)
-    bins = np.minimum((confidence - 0.5) * 20, 9.999).astype(int)
-    ece = sum(abs(confidence[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean()
-              for b in np.unique(bins))
-    first = torch.cat((verdicts.first_at_a, verdicts.first_at_b)).numpy()
-    return {"n": len(p), "accuracy": float(score.mean()), "flip_rate": float(flips(verdicts).mean()),
-            "first_slot_rate": float(((first > 0.5) + 0.5 * (first == 0.5)).mean()),
-            "longer_wins": float(prefers_longer.mean()) if len(prefers_longer) else None,
-            "ece": float(ece), "cut": verdicts.cut / len(p)}
-
-
-def flips(verdicts):
-    """(N,) bool: the orders name different responses, or one names none. Both orders at exactly ½ are no flip."""
-    a = torch.sign(verdicts.first_at_a - 0.5)
-    b = torch.sign(0.5 - verdicts.first_at_b)
-    return (a != b).numpy()
-
-
-def wilson(mean, n):
-    """Wilson's 95 % interval (low, high) of a share `mean` among n independent trials."""
-    z = 1.96
-    centre, width = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-    return float((centre - width) / (1 + z * z / n)), float((centre + width) / (1 + z * z / n))
-
-
-def win_rate(verdicts, groups):
-    """Win, tie and lose shares of the first of each pair; a tie: the orders disagree, or p = ½.
-
-    win_rate counts ties half, with Wilson's 95 % interval over the number of `groups`: pairs of one prompt are
-    not independent.
-    """
-    p, tie = verdicts.p.numpy(), flips(verdicts) | (verdicts.p.numpy() == 0.5)
-    score = np.where(tie, 0.5, p > 0.5)
-    mean = score.mean()
-    low, high = wilson(mean, len(set(groups)))
-    return {"n": len(p), "win": float((score == 1).mean()), "tie": float(tie.mean()),
-            "lose": float((score == 0).mean()), "win_rate": float(mean), "ci_low": low, "ci_high": high}
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 @dataclass
@@ -379,23 +324,6 @@ class Settings:
             raise InputError("give either --data=FILE, or both --a=FILE and --b=FILE.")
 
 
-def read_responses(path):
-    """[(prompt, [texts], "file:line")] of a response file: sample.py's rows, or {"prompt", "response"}."""
-    found = []
-    for line, record in json_records(path):
-        where, texts = f"{path}, line {line}", None
-        with contextlib.suppress(Unusable, AttributeError, KeyError, TypeError):      # whatever is no such row
-            prompt = read_prompt(record, answered=True)
-            texts = [text["text"] if isinstance(text, dict) else text
-                     for text in record.get("responses", [record.get("response")])]
-        if not texts or prompt is None or not all(isinstance(text, str) for text in texts):
-            raise InputError(f'{where}: not a row {{"prompt", "responses": [{{"text"}}]}}.')
-        found.append((prompt, texts, where))
-    if not found:
-        raise InputError(f"{path} holds no responses.")
-    return found
-
-
 def paired_responses(settings):
     """(pairs, groups): every response of --a against the one at the same place in --b."""
     ours, theirs = read_responses(settings.a), read_responses(settings.b)
@@ -416,8 +344,8 @@ def paired_responses(settings):
 def main(settings):
     """Ask the judge about every pair of --data, or of --a and --b; the last line is the report."""
     net, tokenizer = load_model(settings.model, settings.dtype, pick_device(settings.device))
-    context = net.config.context
-    judge_prompt = JudgePrompt(tokenizer, settings.judge_task, min(settings.max_length or context, context))
+    room = min(settings.max_length or net.config.context, net.config.context)
+    judge_prompt = JudgePrompt(tokenizer, settings.judge_task, room)
     if settings.data is not None:
         rows, read = data.read_rows(settings.data, "ordered pairs")
         print(read)
@@ -430,8 +358,8 @@ def main(settings):
         line.update(min(start + settings.batch_size, len(pairs)))
     verdicts = Verdicts.join(parts)
     if verdicts.not_a_or_b:
-        print(f"{verdicts.not_a_or_b} of {2 * len(pairs)} answers: less than half of the judge's probability is "
-              f"on A and B together")
+        print(f"{verdicts.not_a_or_b} of {2 * len(pairs)} answers: less than half of the judge's probability "
+              f"is on A and B together")
     if settings.data is not None:
         result = report(verdicts, [(len(tokenizer.encode(a)), len(tokenizer.encode(b))) for _, a, b in pairs])
     else:

@@ -161,3 +161,20 @@ def refined_margin(margin, delta, beta, lam, delta_scale="logistic"):
     h = 2, Δ = 1, β = ½, λ = ½: 2 - 1 = 1; printed Sr-IPO: 1.5.
     """
     return margin - lam * delta / (1.0 if delta_scale == "printed" else beta)
+
+
+def pair_metrics(settings, loss, margin, augmented, delta, strength, policy):
+    """{name in metrics.jsonl: (N,)} of N pairs; augmented and delta, strength: None where the loss takes none.
+
+    policy: (log π(y⁺|x), log π(y⁻|x)); settings: beta, lam, delta_scale and recipe of the run.
+    """
+    s = settings
+    found = {"loss": loss, "margin": margin, "accuracy": correct(margin), "chosen_logp": policy[0],
+             "rejected_logp": policy[1]}
+    if delta is not None:
+        scale = s.delta_scale if s.recipe == "sr-ipo" else "logistic"
+        found["augmented_accuracy"] = correct(augmented)
+        found["refined_margin"] = refined_margin(margin, delta, s.beta, s.lam, scale)
+    if strength is not None:
+        found |= {"p": strength, "p_hat": strength_hat(margin, s.beta)}
+    return found

@@ -306,6 +306,13 @@ def match(config, shapes, folder):
     return names, {name: tensors[name] for name in names}
 
 
+def checked_network(folder):
+    """The same in float32, after a look at whether the headers of its weights hold what config.json asks for."""
+    net = empty_network(folder)
+    match(net.config, {name: weight.shape for name, weight in net.named_parameters()}, folder)
+    return net
+
+
 def load(folder, dtype=torch.float32, device="cpu", prepare=None, reward_head=False):
     """The transformer of a Hugging Face folder, its weights in `dtype` on `device`.
 

@@ -35,12 +35,12 @@ import model
 import sample
 from data import Pair, Sequence
 from recipes import RECIPES, Settings
-from support import cli, hf, memory
+from support import cli, memory
 from support.checkpoint import START, OutDir
 from support.cli import InputError
 from support.disk import last_metrics
-from support.metrics import Log, rounded, summary
-from support.ranks import Ranks, check_replicas, launch, leave_with, lost_rank_named, pick_device, stop_signal
+from support.metrics import Log, rounded, shown, summary
+from support.ranks import Ranks, launch, leave_with, lost_rank_named, pick_dtype, stop_signal
 from support.reference_cache import ReferenceCache
 
 SKIPS = 5              # updates skipped in a row that end a run
@@ -164,6 +164,14 @@ class Networks:
             ours, theirs = (part.to_local() if hasattr(part, "to_local") else part for part in (ours, theirs))
             ours.copy_(theirs)
 
+    def reference_logprobs(self, packed, starts):
+        """log π_ref (N, 2) of both responses of each pair in a forest, see pack_pairs."""
+        with torch.no_grad(), model.without_adapters(self.reference):
+            values = losses.logprobs(self.reference, packed, starts).view(-1, 2)
+        if self.reference is not self.policy:
+            reshard(self.reference)                     # its root would stay whole, for no backward follows
+        return values
+
     def state_tensors(self):
         """What a checkpoint holds: {name: tensor} of trained weights and optimizer state. The order of data and
         samples needs no state."""
@@ -203,92 +211,6 @@ class Networks:
         self.out.write_folder("final", write, model.merged(self.policy, whole_tensor))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is trained on
-
-class Dataset:
-    """Rows as ids, in an order that is a pure function of (seed, epoch)."""
-
-    def __init__(self, settings, tokenizer, context, judge_context, say):
-        s, recipe = settings, settings.recipes[settings.recipe]
-        self.settings, self.recipe, self.tokenizer, self.say = s, recipe, tokenizer, say
-        refined = s.refinement_prompt if recipe.is_refined else None
-        p_length = len(tokenizer.encode(refined)) if refined else 0
-        self.max_length, prompt_length, self.max_tokens = s.lengths(context, p_length, len(tokenizer.prefix(False)))
-        self.limits = dict(chat=data.check_chat(tokenizer, s.chat), max_length=self.max_length,
-                           max_prompt_length=prompt_length, refinement_prompt=refined)
-        if s.recipe == "judge":                # its sequences are the instructions
-            judge_context = min(judge_context, s.max_length or judge_context)
-        self.judge_prompt = judge.JudgePrompt(tokenizer, s.judge_task, judge_context)
-        files = (s.prompts or s.data) if recipe.online else s.data
-        if not files:
-            raise InputError(f"--{'prompts' if recipe.online else 'data'}: name the file for {s.recipe}.")
-        single = {"sft": "responses", "judge": "judge"}
-        need = ("responses" if recipe.pairs == "spin" else "prompts") if recipe.online else \
-            single.get(s.recipe, "pairs")
-        self.rows = self.read(files, need, s.data_fraction)
-        if recipe.online and recipe.pairs:     # such rows serve to measure what fresh samples taught
-            need = "responses" if recipe.loss == "sft" else "pairs"
-        self.held_out = self.read(s.eval_data, need) if s.eval_data else []
-
-    def read(self, files, need, fraction=1.0):
-        """The rows of some files: Pairs, or Sequences where single responses are learned."""
-        parts = [data.split_weight(file) for file in files] if fraction < 1 else []
-        files = [f"{path}:{weight * fraction}" for path, weight in parts] or files
-        rows, reports = data.read_data(files, need, self.settings.seed)
-        for report in reports:
-            self.say(report)
-        instructions = self.instructions(rows, files) if need == "judge" else []
-        # Responses without a rival stay what they are: who only learned to say A or B could not answer.
-        rows = [row for row in rows if row.rejected is None] if instructions else rows
-        if not rows:
-            return instructions
-        pairs, report = data.encode_dataset(self.tokenizer, rows, **self.limits, max_tokens=self.max_tokens)
-        if report.skipped or report.cut:
-            self.say(report)
-        if self.recipe.loss == "sft" and need in ("responses", "judge"):
-            return instructions + [Sequence(pair.x + pair.chosen, len(pair.x)) for pair in pairs]
-        return self.ordered(pairs, files) if self.recipe.labels == "hard" and need == "pairs" else pairs
-
-    def instructions(self, rows, files):
-        """Judge instructions of all rows that are pairs, as Sequences."""
-        pairs = [row for row in rows if row.rejected is not None]
-        if not pairs:
-            raise InputError(f"{', '.join(files)}: no row has a rejected response; there is nothing to judge.")
-        sequences, starts, cut = judge.augmentation(self.judge_prompt, pairs, self.settings.seed)
-        if cut:
-            self.say(f"judge instructions: {cut} of {len(pairs)} were shortened to the context")
-        return [Sequence(ids, start) for ids, start in zip(sequences, starts)]
-
-    def ordered(self, pairs, files):
-        """The better response first: where a row has a p (a replayed rollout), that names the winner."""
-        decided = [named_winner(pair) for pair in pairs if pair.strength != 0.5]
-        if len(decided) < len(pairs):
-            self.say(f"{len(pairs) - len(decided)} of {len(pairs)} pairs have p = ½ and no winner: left out")
-        if not decided:
-            raise InputError(f"{', '.join(files)}: every pair has p = ½; {self.settings.recipe} needs a winner.")
-        return decided
-
-    def __len__(self):
-        return len(self.rows)
-
-    def positions(self, start, stop):
-        """The rows at places start … stop - 1 of an endless row of shuffled epochs."""
-        found, n = [], len(self.rows)
-        for epoch in range(start // n, (stop - 1) // n + 1):
-            order = np.random.default_rng([self.settings.seed, 1, epoch]).permutation(n)
-            first, last = max(start - epoch * n, 0), min(stop - epoch * n, n)
-            found += [self.rows[i] for i in order[first:last]]
-        return found
-
-
-def named_winner(pair):
-    """The pair with the response first that p calls the better one."""
-    if pair.strength is None or pair.strength > 0.5:
-        return pair
-    return dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen)
-
-
 def pack_pairs(pairs, query):
     """(forest of both responses of each pair after its `query`, "x" or "refined_x", their 2N starts)."""
     queries = [getattr(pair, query) for pair in pairs]
@@ -307,7 +229,10 @@ class Trainer(Networks):
         s, context = settings, self.policy.config.context
         reference, judge_folder = s.frozen_folders()
         judge_context = model.read_config(judge_folder).context if judge_folder else context
-        self.data = Dataset(s, self.tokenizer, context, judge_context, self.say)
+        if s.recipe == "judge":                         # its sequences are the instructions
+            judge_context = min(context, s.max_length or context)
+        self.judge_prompt = judge.JudgePrompt(self.tokenizer, s.judge_task, judge_context)
+        self.data = data.Dataset(s, self.tokenizer, context, self.instructions, self.say)
         self.judge = self.load_frozen(judge_folder) if judge_folder else None
         self.reference = self.cached(reference) if s.reference_cache else reference and self.load_frozen(reference)
         self.sampler = self.policy if self.recipe.responses == "policy" else self.reference
@@ -325,6 +250,13 @@ class Trainer(Networks):
 
     def new_log(self):
         return Log(self.ranks)
+
+    def instructions(self, rows):
+        """Judge instructions of rows that are pairs, for the judge recipe."""
+        sequences, starts, cut = judge.augmentation(self.judge_prompt, rows, self.settings.seed)
+        if cut:
+            self.say(f"judge instructions: {cut} of {len(rows)} were shortened to the context")
+        return [Sequence(ids, start) for ids, start in zip(sequences, starts)]
 
     # -- one update -------------------------------------------------------------------------------------------
 
@@ -365,7 +297,7 @@ class Trainer(Networks):
         # 5. Update the policy on the pairs and their strengths: learn, with what this gives.
         fresh = fresh_responses(self.recipe, prompts, samples, rankings)
         self.keep_rollout(step, prompts, samples, rankings, verdicts, fresh)
-        return self.worth_learning([example_of(*one) for one in fresh])
+        return worth_learning(self.recipe, [example_of(*one) for one in fresh], self.log)
 
     def learn(self, examples, loss):
         """One optimizer step; the loss is the mean over the examples of ALL ranks, however they were split.
@@ -417,8 +349,11 @@ class Trainer(Networks):
             known = [1.0 if pair.strength is None else pair.strength for pair in pairs]
             strength = torch.tensor(known, device=margin.device, dtype=margin.dtype)
         values = self.recipe.loss_of(s, margin=margin, delta=delta, strength=strength)
-        self.log.add_all(pair_metrics(s, self.recipe, pairs, values, margin, augmented, delta, strength, policy,
-                                      reference))
+        self.log.add_all(losses.pair_metrics(s, values, margin, augmented, delta, strength, policy))
+        if self.recipe.responses == "policy" and torch.is_grad_enabled():       # of samples: an odd K's median is in none
+            self.log.add("kl", torch.cat(policy) - torch.cat(reference))
+        if not self.recipe.online:
+            self.log.add("response_length", [len(y) for pair in pairs for y in (pair.chosen, pair.rejected)])
         self.log.tokens += sum(2 * len(pair.x) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
         return values
 
@@ -437,22 +372,18 @@ class Trainer(Networks):
         reference = reference.to(policy[0]).unbind(1)
         return losses.margins(policy, reference), policy, reference
 
-    def reference_logprobs(self, packed, starts):
-        """log π_ref (N, 2) of both responses of each pair in a forest, see pack_pairs."""
-        with torch.no_grad(), model.without_adapters(self.reference):
-            values = losses.logprobs(self.reference, packed, starts).view(-1, 2)
-        if self.reference is not self.policy:
-            reshard(self.reference)                     # its root would stay whole, for no backward follows
-        return values
-
     def zero_loss(self, loss):
         """A loss of 0 with a graph, for a rank with fewer examples than the others: it gathers as they do."""
         kept, self.log = self.log, self.new_log()
-        known = None if self.reference else {"x": (0.0, 0.0), "refined_x": (0.0, 0.0)}
-        blank = Pair([0], [0], [0], [0], 0.5, None, False, known)
-        value = loss([Sequence([0, 0], 1) if loss == self.sft_loss else blank]).sum() * 0
+        value = loss([self.blank_example()]).sum() * 0
         self.log = kept
         return value
+
+    def blank_example(self):
+        if self.recipe.loss == "sft":
+            return Sequence([0, 0], 1)
+        known = None if self.reference is not None else {"x": (0.0, 0.0), "refined_x": (0.0, 0.0)}
+        return Pair([0], [0], [0], [0], 0.5, None, False, known)
 
     # -- around an update -------------------------------------------------------------------------------------
 
@@ -510,7 +441,7 @@ class Trainer(Networks):
             return []
         contexts = [data.context_text(query.row.prompt) for query in prompts]
         texts = [[one.text for one in group] for group in samples]
-        return judge.ranking_passes(self.judge, self.data.judge_prompt, contexts, texts)
+        return judge.ranking_passes(self.judge, self.judge_prompt, contexts, texts)
 
     def pair(self, step, place, strengths):
         """[(winner, loser)] of the samples of the prompt at a place of a step; what is drawn (random pairs, rso's
@@ -522,20 +453,8 @@ class Trainer(Networks):
         accepted = judge.rejection_sample(strengths, s.k, s.rso_beta, generator)
         return [(accepted[i], accepted[j]) for i, j in pairing([strengths[i] for i in accepted], generator)]
 
-    def worth_learning(self, examples):
-        """The examples that teach something; for hard labels with the winner that the direct verdict names. Two
-        times the same response, or p = ½ where a winner is needed, teach nothing."""
-        if self.recipe.pairs == "best":
-            return examples
-        self.log.add("identical", [pair.chosen == pair.rejected for pair in examples])
-        pairs = [pair for pair in examples if pair.chosen != pair.rejected]
-        if self.recipe.labels == "hard":
-            self.log.add("undecided", [pair.strength == 0.5 for pair in pairs])
-            pairs = [dataclasses.replace(named_winner(pair), strength=1.0) for pair in pairs if pair.strength != 0.5]
-        return pairs
-
     def keep_rollout(self, step, prompts, samples, rankings, verdicts, fresh):
-        """Log what was sampled and judged, and write it down as data rows, one file per rank."""
+        """Log what was sampled and judged, write it down, and show some of it."""
         log, every = self.log, [one for group in samples for one in group]
         log.add_all({"response_length": [len(one.ids) for one in every], "finished": [one.finished for one in every],
                      "empty": [not one.text.strip() for one in every], "prompt_cut": [query.cut for query in prompts]})
@@ -543,11 +462,11 @@ class Trainer(Networks):
             asked = sum(len(some.p) for some in verdicts)
             log.add("judge_cut", [sum(some.cut for some in verdicts)], count=asked)
             log.add("judge_off", [sum(some.not_a_or_b for some in verdicts)], count=2 * asked)
-        name = f"rollouts.{self.ranks.rank}.jsonl" if self.ranks.rank else "rollouts.jsonl"
-        self.ranks.on_all(lambda: self.out.append(name, [row_of(*one) | {"step": step + 1} for one in fresh]))
+        self.out.write_rollouts(step, [row_of(*one) for one in fresh])
         every = self.settings.sample_every
         if every and step % every == 0 and rankings:
-            self.say(shown(step, prompts[0], samples[0], *rankings[0]))
+            context = data.context_text(prompts[0].row.prompt)
+            self.say(shown(step, context, [one.text for one in samples[0]], *rankings[0]))
 
     @torch.no_grad()
     def labelled(self, rows):
@@ -555,7 +474,7 @@ class Trainer(Networks):
         if self.recipe.labels == "soft":
             new = list({id(pair): pair for pair in rows if pair.strength is None}.values())    # an epoch's end may
             with gathered(self.judge), model.without_adapters(self.judge):                     # bring a row twice
-                verdicts = judge.compare(self.judge, self.data.judge_prompt, [
+                verdicts = judge.compare(self.judge, self.judge_prompt, [
                     (data.context_text(pair.row.prompt), pair.row.chosen, pair.row.rejected) for pair in new])
             for pair, p in zip(new, verdicts.p.tolist()):
                 pair.strength = p
@@ -628,6 +547,20 @@ def fresh_responses(recipe, prompts, samples, rankings):
             for i, j, p in pairs]
 
 
+def worth_learning(recipe, examples, log):
+    """The examples that teach something; for hard labels with the winner that the direct verdict names. Two times
+    the same response, or p = ½ where a winner is needed, teach nothing."""
+    if recipe.pairs == "best":
+        return examples
+    log.add("identical", [pair.chosen == pair.rejected for pair in examples])
+    pairs = [pair for pair in examples if pair.chosen != pair.rejected]
+    if recipe.labels == "hard":
+        log.add("undecided", [pair.strength == 0.5 for pair in pairs])
+        decided = [data.named_winner(pair) for pair in pairs if pair.strength != 0.5]
+        pairs = [dataclasses.replace(pair, strength=1.0) for pair in decided]
+    return pairs
+
+
 def example_of(query, chosen, rejected, p):
     if rejected is None:
         return Sequence(query.x + chosen.ids, len(query.x))
@@ -640,33 +573,6 @@ def row_of(query, chosen, rejected, p):
         return {"prompt": query.row.prompt, "response": chosen.text, "finished": [chosen.finished, True]}
     return {"prompt": query.row.prompt, "chosen": chosen.text, "rejected": rejected.text, "p": round(p, 6),
             "finished": [chosen.finished, rejected.finished]}
-
-
-def shown(step, query, samples, strengths, pairs):
-    """A prompt with its samples, from the best down, and the pairs that were made of them, for people to read."""
-    order = sorted(range(len(samples)), key=lambda i: -strengths[i])
-    lines = [f"  {rank}. p(y ≻ ∅) = {strengths[i]:.3f}  {samples[i].text!r}" for rank, i in enumerate(order, 1)]
-    pairs = ", ".join(f"p({i + 1} ≻ {j + 1}) = {p:.3f}" for i, j, p in pairs)
-    return "\n".join([f"\nstep {step + 1}: {data.context_text(query.row.prompt)!r}", *lines,
-                      f"  pairs: {pairs}  (numbers in the order sampled)\n"])
-
-
-def pair_metrics(settings, recipe, pairs, loss, margin, augmented, delta, strength, policy, reference):
-    """{name: values} of some pairs: everything that metrics.jsonl says of them, per example, in natural units."""
-    s = settings
-    found = {"loss": loss, "margin": margin, "accuracy": losses.correct(margin),
-             "chosen_logp": policy[0], "rejected_logp": policy[1]}
-    if delta is not None:
-        scale = s.delta_scale if "delta_scale" in recipe.arguments() else "logistic"
-        found["augmented_accuracy"] = losses.correct(augmented)
-        found["refined_margin"] = losses.refined_margin(margin, delta, s.beta, s.lam, scale)
-    if strength is not None:
-        found |= {"p": strength, "p_hat": losses.strength_hat(margin, s.beta)}
-    if recipe.responses == "policy" and torch.is_grad_enabled():  # of samples in a pair: an odd K's median is in none
-        found["kl"] = torch.cat(policy) - torch.cat(reference)
-    if not recipe.online:
-        found["response_length"] = [len(y) for pair in pairs for y in (pair.chosen, pair.rejected)]
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -754,44 +660,6 @@ def resolved(trainer):
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 
-def pick_dtype(name, device):
-    """The torch type of a --dtype setting; auto is bfloat16 where CUDA has it fast."""
-    if name == "auto":
-        name = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
-    return getattr(torch, name)
-
-
-def dry_run(settings):
-    """Say about what a rank needs of memory, with as many ranks as WORLD_SIZE or torchrun says; reads no weights."""
-    s, world = settings, os.environ.get("WORLD_SIZE", "1")
-    if s.model is None:
-        raise InputError("--dry_run needs a model: --model=DIR.")
-    if not world.isdigit() or int(world) < 1:
-        raise InputError(f"WORLD_SIZE={world}: a number of processes.")
-    ranks = int(world)
-    check_replicas(s.replicas, ranks)
-    if s.device_memory is not None:                   # another machine's
-        device, available = "cpu" if s.device == "cpu" else "cuda", s.device_memory * 2 ** 30
-    else:
-        device = pick_device(s.device).split(":")[0]
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-        available = (torch.cuda.get_device_properties(0).total_memory if device == "cuda" else
-                     os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / here)
-    compute = torch.bfloat16 if s.dtype == "auto" and device == "cuda" else pick_dtype(s.dtype, device)
-    shapes = {folder: memory.Shape.of(checked_network(folder)) for folder in s.folders()}
-    if int(os.environ.get("RANK", "0")) == 0:
-        memory.dry_run(s, shapes, compute, ranks, device, available)
-
-
-def checked_network(folder):
-    """A folder's network without memory; InputError where its files' headers do not hold what config.json says."""
-    net, tensors = model.empty_network(folder), hf.tensors_in(folder)
-    wanted = {model.file_name(net.config, name): weight.shape for name, weight in net.named_parameters()}
-    if "embed_out.weight" not in tensors and "embed_out.weight" in wanted:      # see model.load
-        wanted["lm_head.weight"] = wanted.pop("embed_out.weight")
-    hf.check(tensors, wanted, model.HEADS, folder)
-    return net
-
 def main(settings, trainer=Trainer, world=None):
     """Train on what was named, or run `world`, the embedded one, where no model was."""
     for name in ("model", "reference", "judge", "reward", "out_dir"):
@@ -799,7 +667,7 @@ def main(settings, trainer=Trainer, world=None):
             raise InputError(f"--{name}= is empty.")
     settings.check_used()
     if settings.dry_run:
-        return dry_run(settings)
+        return memory.dry_run(settings, model.checked_network)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         leave_with(STARTED_BY)
         if settings.resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):

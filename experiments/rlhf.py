@@ -1,34 +1,38 @@
 """RLHF, the baseline of paper 2: a reward model from preference pairs, and PPO against it.
 
-    torchrun rlhf.py                                         on the embedded world: base, SFT, reward model, PPO
-    torchrun rlhf.py --recipe=reward --model=SFT --data=PAIRS --eval_data=HELD_OUT --out_dir=out/reward
-    torchrun rlhf.py --recipe=rlhf --model=SFT --reward=out/reward/final --prompts=FILE --out_dir=out/rlhf
+    torchrun -m experiments.rlhf                             the embedded world: base, SFT, reward model, PPO
+    torchrun -m experiments.rlhf --recipe=reward --model=SFT --data=PAIRS --eval_data=PAIRS --out_dir=out/reward
+    torchrun -m experiments.rlhf --recipe=rlhf --model=SFT --reward=out/reward/final --prompts=FILE --out_dir=out/rlhf
 
-The reward model is the same transformer under a head of one number, read at the last token of x⊕y; its folder is what
-transformers calls sequence classification. PPO trains two networks: the policy, from the SFT model, and the value network,
-from the reward model. Settings, ranks, data, sampling, checkpoints and the loop are train.py's; here is what differs.
+The reward model is the same transformer under a head of one number, read at the last token of x⊕y; its folder is
+what transformers calls sequence classification. PPO trains two networks: the policy, from the SFT model, and the
+value network, from the reward model. Ranks, data, sampling, checkpoints and the loop are train.py's; here is what
+differs.
 
 Sources: [BT] the Bradley–Terry loss, as in Ouyang et al. 2022 (arXiv 2203.02155), eq. 1; [PPO] Schulman et al. 2017
-(1707.06347), eq. 7 and 9; [GAE] Schulman et al. 2015 (1506.02438), eq. 16; [N+] the details listed by Huang et al. 2024
-(2403.17031). Left out: adapters, an entropy bonus, an adaptive κ. There are no minibatches either: a smaller --batch_size
-makes as many updates, and on fresher samples.
+(1707.06347), eq. 7 and 9; [GAE] Schulman et al. 2015 (1506.02438), eq. 16; [N+] the details listed by Huang et al.
+2024 (2403.17031). Left out: adapters, an entropy bonus, an adaptive κ, minibatches (a smaller --batch_size makes as
+many updates, and on fresher samples).
 
-Letters: S sequences, T tokens of a response, M tokens of all responses, one behind the other.
+Letters: S sequences, T tokens of a response, M tokens of all responses, one after the other.
 """
 import dataclasses
 import math
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 import data
+import forest
 import losses
 import model
-import sample
+import recipes
 import train
-from support.cli import InputError
+from experiments import toy
+from support.cli import InputError, setting
+from support.metrics import METRICS, Log
+from support.ranks import launch
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Formulas: pure functions of tensors
@@ -54,7 +58,7 @@ def token_rewards(logprobs, reference, score, kl_coef):
 
 
 def gae(rewards, values, gamma, lam):
-    """A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} - V_t, and V = 0 behind the last token [GAE, eq. 16]: (T,) -> (T,).
+    """A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} - V_t, and V = 0 after the last token [GAE, eq. 16]: (T,) -> (T,).
 
     values: V_t, of what stands before token t. The return is A_t + V_t.
     γ = 1, λ = ½, r = (0, 1), V = (½, ¼): δ = (-¼, ¾), A = (-¼ + ½·¾, ¾) = (⅛, ¾).
@@ -110,16 +114,16 @@ def read_head(net, hidden):
     return net.head(hidden if hidden.dtype == torch.float64 else hidden.float())[:, 0]
 
 
-def scores(net, forest):
-    """r(x, y), unshifted, of each sequence of a data.Forest, read at its last token: (S,)."""
-    last = torch.stack([path[-1] for path in forest.paths])
-    return read_head(net, net.read(forest)[last.to(net.embed.weight.device)])
+def scores(net, packed):
+    """r(x, y), unshifted, of each sequence of a Forest, read at its last token: (S,)."""
+    last = torch.stack([path[-1] for path in packed.paths])
+    return read_head(net, net.hidden(packed)[last.to(net.embed.weight.device)])
 
 
-def values_by_token(net, forest, starts):
+def values_by_token(net, packed, starts):
     """V_t of each response token, read where losses.logprobs_by_token reads the policy: at the token before it. (M,)"""
-    before = torch.cat([path[start - 1:-1] for path, start in zip(forest.paths, starts)])
-    return read_head(net, net.read(forest)[before.to(net.embed.weight.device)])
+    before = torch.cat([path[start - 1:-1] for path, start in zip(packed.paths, starts)])
+    return read_head(net, net.hidden(packed)[before.to(net.embed.weight.device)])
 
 
 def reward_shift(config, where):
@@ -138,132 +142,119 @@ def padding_id(tokenizer, chat, config):
     return max(free, key=lambda id: (id != tokenizer.unk_id, id), default=None)       # a row without a piece before <unk>
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings
 
-class Recipe(train.Recipe):
+class Recipe(recipes.Recipe):
     @property
     def has_reference(self):
         return self.loss == "ppo"
 
     def __post_init__(self):
-        """These two are no combinations of train.py's axes, so there is nothing to refuse."""
+        """These two are no combinations of the axes, so there is nothing to refuse."""
 
 
 # Paper 2 gives κ = 0.05 for its RLHF baseline; learning rates and batches are ours.
+OURS = dict(optimizer="adam", batch_size=64, warmup_steps=10, grad_clip=1.0)
 RECIPES = {
     #                loss      responses  pairs      labels
-    "reward": Recipe("reward", "dataset", "dataset", "hard", dict(optimizer="adam", lr=1e-5, batch_size=64, warmup_steps=10,
-                                                                  grad_clip=1.0)),
-    "rlhf":   Recipe("ppo",    "policy",  None,      None,   dict(optimizer="adam", lr=2e-6, batch_size=64, warmup_steps=10,
-                                                                  grad_clip=1.0)),
+    "reward": Recipe("reward", "dataset", "dataset", "hard", OURS | dict(lr=1e-5)),
+    "rlhf":   Recipe("ppo",    "policy",  None,      None,   OURS | dict(lr=2e-6)),
 }
 
 
 @dataclass
-class Settings(train.Settings):
-    """Train a reward model (--recipe=reward) or a policy against one (--recipe=rlhf); without --model on the toy world."""
-    recipe: str = "rlhf"                     # reward, rlhf
-    reward: str | None = None                # folder of the reward model, for rlhf
-    k: int = 1                               # responses a prompt
-    temperature: float = 1.0                 # of sampling: another one would not sample from the π_old that the ratio is of
-    top_p: float = 1.0                       # of sampling, see temperature
-    kl_coef: float = 0.05                    # κ, the price of a nat between policy and reference (paper 2)
-    ppo_epochs: int = 4                      # updates on each rollout
-    clip_range: float = 0.2                  # ε of the ratio
-    value_clip_range: float = 0.2            # ε of the value
-    value_coef: float = 0.1                  # weight of the value loss
-    gamma: float = 1.0                       # discount a token
-    gae_lambda: float = 0.95                 # λ of the advantage: 0 trusts the value network, 1 the sampled returns
-    eos_penalty: float = 1.0                 # taken from the reward of a response that does not end
-    shift_samples: int = 256                 # recipe reward: responses of the SFT model whose mean reward becomes 0
+class Settings(recipes.Settings):
+    """Train a reward model (--recipe=reward) or a policy against one (rlhf); without --model on the toy world."""
+    recipe: str = "rlhf"
+    k: int = 1
+    temperature: float = setting(1.0, "another one would not sample from the π_old that the ratio is of", above=0)
+    top_p: float = setting(1.0, "see temperature", above=0, most=1)
+    reward: str | None = setting(None, "rlhf: folder of the reward model", group="Reward model and PPO")
+    shift_samples: int = setting(256, "reward: SFT responses whose mean reward becomes 0", least=1)
+    kl_coef: float = setting(0.05, "κ, the price of a nat between policy and reference (paper 2)", least=0)
+    ppo_epochs: int = setting(4, "updates on each rollout", least=1)
+    clip_range: float = setting(0.2, "ε of the ratio", above=0)
+    value_clip_range: float = setting(0.2, "ε of the value", above=0)
+    value_coef: float = setting(0.1, "weight of the value loss", least=0)
+    gamma: float = setting(1.0, "discount per token", least=0, most=1)
+    gae_lambda: float = setting(0.95, "λ of the advantage: 0 trusts the value network, 1 the returns", least=0, most=1)
+    eos_penalty: float = setting(1.0, "taken from the reward of a response that does not end", least=0)
 
     recipes = RECIPES
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("ppo_epochs", "shift_samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name}={getattr(self, name)}: must be at least 1.")
-        for name in ("clip_range", "value_clip_range"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"--{name}={getattr(self, name)}: must be larger than 0.")
-        for name in ("kl_coef", "value_coef", "eos_penalty"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"--{name}={getattr(self, name)}: must be at least 0.")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--{name}={getattr(self, name)}: must be in [0, 1].")
         if self.lora_rank:
-            raise InputError(f"--lora_rank={self.lora_rank}: rlhf.py trains all weights; adapters are for train.py.")
+            raise InputError(f"--lora_rank={self.lora_rank}: here all weights are trained; adapters are for train.py.")
         if self.dry_run:
-            raise InputError("--dry_run counts the memory of train.py's recipes; it knows nothing of reward models and PPO.")
+            raise InputError("--dry_run counts the memory of train.py's recipes, not of reward models and PPO.")
 
     def folders(self):
         return list(dict.fromkeys([*super().folders(), *filter(None, [self.reward])]))
 
     def users(self):
         rlhf = self.recipe == "rlhf"
-        return [*(entry for entry in super().users() if entry[0] != "sample_every"),           # here it needs no judge
-                ("sample_every", rlhf, "--recipe=rlhf"),
-                ("beta lam refinement_prompt delta_scale judge judge_task reference_cache", False, "train.py"),
-                ("reward kl_coef ppo_epochs clip_range value_clip_range value_coef gamma gae_lambda eos_penalty", rlhf,
-                 "--recipe=rlhf"),
-                ("shift_samples", not rlhf, "--recipe=reward")]
+        ppo = "reward kl_coef ppo_epochs clip_range value_clip_range value_coef gamma gae_lambda eos_penalty"
+        return [*super().users(), ("beta judge_task reference_cache", False, "train.py"),
+                (ppo, rlhf, "--recipe=rlhf"), ("shift_samples", not rlhf, "--recipe=reward")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def check_folder(option, folder, is_reward_model):
+    """Refuse a reward model where an SFT model is needed, and the other way round."""
+    if model.read_config(folder).reward_head != is_reward_model:
+        raise InputError(f"--{option}={folder} is no reward model; --recipe=reward makes one." if is_reward_model else
+                         f"--{option}={folder} is a reward model; name the SFT model to start from.")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The reward model
-
-METRICS = [*train.METRICS, "reward", "policy_loss", "value_loss", "clip_share", "explained_variance", "reward_seconds"]
-
 
 class RewardTrainer(train.Trainer):
     """Preference pairs -> a reward model that starts from the SFT model's body and a head of zeros."""
 
     def __init__(self, settings):
-        if model.read_config(settings.model).scores:
-            raise InputError(f"--model={settings.model} is a reward model; name the SFT model to start from.")
+        check_folder("model", settings.model, False)
         super().__init__(settings)
+        self.loss = self.preference_loss
 
     def load(self, folder, dtype, trained=False):
-        return super().load(folder, dtype, trained, scores=trained)       # only the SFT model is not trained
+        return super().load(folder, dtype, trained, reward_head=trained)       # only the SFT model is not trained
 
-    def objective(self, pairs, log):
-        """The summed loss of some pairs, y⁺ and y⁻ behind the same x."""
-        forest, _ = train.pack_pairs(pairs, "x")
-        chosen, rejected = scores(self.policy, forest).view(-1, 2).unbind(1)
-        values = reward_loss(chosen, rejected)
-        for name, value in (("loss", values), ("margin", chosen - rejected), ("accuracy", losses.correct(chosen - rejected))):
-            log.add(name, value)
-        log.count("tokens", sum(2 * len(pair.x) + len(pair.chosen) + len(pair.rejected) for pair in pairs))
-        return values.sum()
+    def preference_loss(self, pairs):
+        """(N,) losses of pairs, y⁺ and y⁻ after the same x."""
+        packed, _ = train.pack_pairs(pairs, "x")
+        chosen, rejected = scores(self.policy, packed).view(-1, 2).unbind(1)
+        values, margin = reward_loss(chosen, rejected), chosen - rejected
+        self.log.add_all({"loss": values, "margin": margin, "accuracy": losses.correct(margin)})
+        self.log.tokens += sum(2 * len(pair.x) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
+        return values
 
     def save_final(self):
         """final/, with the shift and a padding id in its config.json."""
         config = self.policy.config
-        extra = {"reward_shift": self.shift(), "pad_token_id": padding_id(self.tokenizer, self.data.limits["chat"], config)}
+        extra = {"reward_shift": self.shift(),
+                 "pad_token_id": padding_id(self.tokenizer, self.data.limits["chat"], config)}
         self.policy.config = dataclasses.replace(config, source=config.source | extra)
         super().save_final()
 
     @torch.no_grad()
     def shift(self):
-        """The mean score of the SFT model's own responses to the first prompts of the data: less that, they have mean 0."""
-        self.asked = train.Asked()            # the last checkpoint holds all but this, so nothing here is given up halfway
-        sft = self.load_frozen(self.settings.model)
-        self.stop_ids, self.allowed = sample.stopping(self.tokenizer, self.data.limits["chat"], sft.config)
-        share = self.data.positions(0, min(self.settings.shift_samples, len(self.data)))[self.ranks.rank::self.ranks.size]
+        """The mean score of the SFT model's own responses to the first prompts of the data: less that, it is 0."""
+        sft, rank = self.load_frozen(self.settings.model), self.ranks.rank
+        number = min(self.settings.shift_samples, len(self.data))
+        prompts = self.data.positions(0, number)[rank::self.ranks.size]
         with train.gathered(self.policy, sft):
-            samples = self.respond(sft, self.steps, share)                # the uniforms of the step behind the last
-            rows = [row.x + one.ids for (_, row), group in zip(share, samples) for one in group]
+            samples = self.sample_prompts(sft, self.steps, prompts, rank)     # the uniforms of the step after the last
+            rows = [query.x + one.ids for query, group in zip(prompts, samples) for one in group]
             size = self.settings.micro_batch_size
-            found = [scores(self.policy, data.pack(rows[i:i + size])) for i in range(0, len(rows), size)]
+            found = [scores(self.policy, forest.pack(rows[i:i + size])) for i in range(0, len(rows), size)]
         total, count = self.ranks.sum([sum(float(part.double().sum()) for part in found), len(rows)])
         self.say(f"mean reward of {count:.0f} responses of {self.settings.model}: {total / count:.4f}, from now on 0")
         return total / count
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # PPO
 
 @dataclass
@@ -272,6 +263,7 @@ class Response:
     x: list
     ids: list
     finished: bool
+    text: str = ""
     score: float = 0.0                       # the reward model's, shifted
     old: torch.Tensor | None = None          # log π_old of its tokens
     reference: torch.Tensor | None = None    # log π_ref
@@ -285,27 +277,41 @@ class Response:
         return float((self.old - self.reference).sum())
 
 
+@dataclass
+class Group:
+    """The K responses to one prompt, which share it in the forest: one example of the loop."""
+    responses: list
+
+    @property
+    def count(self):
+        """Tokens of its responses, over which the loss is a mean."""
+        return sum(len(one.ids) for one in self.responses)
+
+
+def all_of(groups):
+    return [one for group in groups for one in group.responses]
+
+
 def tokens_of(responses, name):
-    """The tensors (T,) of that name of all responses, one behind the other: (M,)."""
+    """The tensors (T,) of that name of all responses, one after the other: (M,)."""
     return torch.cat([torch.zeros(0, dtype=torch.float64), *(getattr(one, name) for one in responses)])
 
 
-class PPOTrainer(train.Trainer):
-    """A policy, its frozen reference and reward model, and a value network that starts from the reward model.
+def pack_responses(responses):
+    """(forest of x⊕y of each response, where each y starts)."""
+    return forest.pack([one.x + one.ids for one in responses]), [len(one.x) for one in responses]
 
-    An example of the loop is a prompt's group of K responses, which share x in the forest.
-    """
-    epoch = 0                                # of the updates on one rollout
+
+class PPOTrainer(train.Trainer):
+    """A policy, its frozen reference and reward model, and a value network that starts from the reward model."""
     value = None                             # the value network, which comes last
 
     def __init__(self, settings):
         s = settings
         if not s.reward:
             raise InputError("--reward: name the folder of the reward model, as --recipe=reward writes it.")
-        if not model.read_config(s.reward).scores:
-            raise InputError(f"--reward={s.reward} is no sequence-classification model; --recipe=reward makes one.")
-        if model.read_config(s.model).scores:
-            raise InputError(f"--model={s.model} is a reward model; name the SFT model to start from.")
+        check_folder("reward", s.reward, True)
+        check_folder("model", s.model, False)
         super().__init__(s)
         self.reward = self.load_frozen(s.reward)
         self.shift = reward_shift(self.reward.config, s.reward)
@@ -314,157 +320,138 @@ class PPOTrainer(train.Trainer):
         self.optimizer = self.make_optimizer()           # of both networks
 
     def load(self, folder, dtype, trained=False):
-        return super().load(folder, dtype, trained, scores=folder == self.settings.reward)
+        return super().load(folder, dtype, trained, reward_head=folder == self.settings.reward)
 
     def networks(self):
         return {"policy": self.policy} | ({"value": self.value} if self.value is not None else {})
 
     def new_log(self):
-        return train.Log(self.ranks, METRICS)
+        return Log(self.ranks, [*METRICS, "reward", "policy_loss", "value_loss", "clip_share", "explained_variance",
+                                "reward_seconds"])
 
-    # -- the rollout ---------------------------------------------------------------------------------------------------
+    def update(self, step):
+        """ppo_epochs optimizer steps on one rollout. A failure of the first skips the step; one of a later update
+        leaves out the rest."""
+        self.begin_update(step)
+        groups, norms = self.rollout(step, self.batch(step)), []
+        with self.log.timed("update_seconds"):
+            for epoch in range(self.settings.ppo_epochs):
+                norm, why_not = self.learn(groups, self.ppo_loss)
+                norms.append(norm)
+                if epoch == 0:
+                    self.count_skip(step, why_not)
+                elif why_not:
+                    self.say(f"\nstep {step + 1}, update {epoch + 1}: {why_not}; the rest of the step is left out")
+                if why_not:
+                    break
+        return self.metrics(step, sum(norms) / len(norms))
 
-    def rollout(self, step, share, log):
-        """K responses to each of this rank's prompts, with all that the updates take as constant: a list of groups."""
-        with train.gathered(self.policy, self.reference, self.reward, self.value):
-            started = time.perf_counter()
-            samples = self.respond(self.policy, step, share)
-            log.value("sample_seconds", time.perf_counter() - started)
-            self.go_on()
-            started = time.perf_counter()
-            groups = self.read(share, samples)
-            log.value("reward_seconds", time.perf_counter() - started)
-        responses = [one for group in groups for one in group]
-        self.estimate(responses, log)
-        self.describe(responses, log)
-        log.add("prompt_cut", torch.tensor([float(query.cut) for _, query in share]))
-        self.write_rollouts(step, [{"prompt": row.row.prompt, "response": sample.response_text(self.tokenizer, one),
-                                    "reward": round(one.score, 6), "kl": round(one.kl, 6), "finished": [one.finished, True]}
-                                   for (_, row), group in zip(share, groups) for one in group])
+    def rollout(self, step, prompts):
+        """K responses to each of this rank's prompts, with all that the updates take as constant: Groups."""
         s = self.settings
-        if s.sample_every and step % s.sample_every == 0 and share:
-            self.say(f"\nstep {step + 1}: {data.context_text(share[0][1].row.prompt)!r}")
-            for one in groups[0]:
-                self.say(f"  reward {one.score:7.3f}  {sample.response_text(self.tokenizer, one)!r}")
+        with train.gathered(self.policy, self.reference, self.reward, self.value):
+            with self.log.timed("sample_seconds"):
+                samples = self.sample_prompts(self.policy, step, prompts, step * s.batch_size + self.ranks.rank)
+            with self.log.timed("reward_seconds"):
+                groups = self.read(prompts, samples)
+        self.estimate(all_of(groups))
+        self.describe(all_of(groups))
+        self.log.add("prompt_cut", [query.cut for query in prompts])
+        self.out.write_rollouts(step, [
+            {"prompt": query.row.prompt, "response": one.text, "reward": round(one.score, 6), "kl": round(one.kl, 6),
+             "finished": [one.finished, True]} for query, group in zip(prompts, groups) for one in group.responses])
+        if s.sample_every and step % s.sample_every == 0 and prompts:
+            self.say(f"\nstep {step + 1}: {data.context_text(prompts[0].row.prompt)!r}")
+            for one in groups[0].responses:
+                self.say(f"  reward {one.score:7.3f}  {one.text!r}")
         return groups
 
-    def micro_batches(self, groups):
-        size = self.settings.micro_batch_size
-        return [groups[i:i + size] for i in range(0, len(groups), size)]
-
     @torch.no_grad()
-    def read(self, share, samples):
-        """The samples as Responses with their log-probabilities, values and scores. The micro-batches are those of the
-        updates: the first ratio is then exactly 1."""
-        groups = [[Response(row.x, one.ids, one.finished) for one in group] for (_, row), group in zip(share, samples)]
-        for micro in self.micro_batches(groups):
-            responses = [one for group in micro for one in group]
-            forest, starts = self.pack(responses)
+    def read(self, prompts, samples):
+        """The samples as Groups of Responses with their log-probabilities, values and scores. The micro-batches are
+        those of the updates: the first ratio is then exactly 1."""
+        groups, size = [Group([Response(query.x, one.ids, one.finished, one.text) for one in group])
+                        for query, group in zip(prompts, samples)], self.settings.micro_batch_size
+        for i in range(0, len(groups), size):
+            responses = all_of(groups[i:i + size])
+            packed, starts = pack_responses(responses)
             lengths = [len(one.ids) for one in responses]
-            found = {"old": losses.logprobs_by_token(self.policy, forest, starts),
-                     "reference": losses.logprobs_by_token(self.reference, forest, starts),
-                     "values": values_by_token(self.value, forest, starts)}
+            found = {"old": losses.logprobs_by_token(self.policy, packed, starts),
+                     "reference": losses.logprobs_by_token(self.reference, packed, starts),
+                     "values": values_by_token(self.value, packed, starts)}
             for name, values in found.items():
                 for one, part in zip(responses, values.cpu().double().split(lengths)):
                     setattr(one, name, part)
-            for one, score in zip(responses, scores(self.reward, forest).tolist()):
+            for one, score in zip(responses, scores(self.reward, packed).tolist()):
                 one.score = score - self.shift
         return groups
 
-    def pack(self, responses):
-        return data.pack([one.x + one.ids for one in responses]), [len(one.x) for one in responses]
-
-    def estimate(self, responses, log):
+    def estimate(self, responses):
         """Give the responses their returns and their advantages, whitened over all ranks."""
         s = self.settings
         for one in responses:
             score = one.score - (0.0 if one.finished else s.eos_penalty)
-            one.advantages = gae(token_rewards(one.old, one.reference, score, s.kl_coef), one.values, s.gamma, s.gae_lambda)
+            rewards = token_rewards(one.old, one.reference, score, s.kl_coef)
+            one.advantages = gae(rewards, one.values, s.gamma, s.gae_lambda)
             one.returns = one.advantages + one.values
         white = whiten(tokens_of(responses, "advantages"), self.ranks.sum)
         for one, part in zip(responses, white.split([len(one.ids) for one in responses])):
             one.advantages = part
         returns, values = tokens_of(responses, "returns"), tokens_of(responses, "values")
         (_, missed), (_, variance) = moments(returns - values, self.ranks.sum), moments(returns, self.ranks.sum)
-        log.value("explained_variance", 1 - missed / max(variance, 1e-12))
+        self.log.value("explained_variance", 1 - missed / max(variance, 1e-12))
 
-    def describe(self, responses, log):
-        """Metrics of responses, each the mean over them; `reward` is the shifted score, without κ and the penalty."""
-        for name, values in (("reward", [one.score for one in responses]), ("kl", [one.kl for one in responses]),
-                             ("response_length", [len(one.ids) for one in responses]),
-                             ("finished", [one.finished for one in responses])):
-            log.add(name, torch.tensor(values, dtype=torch.float64))
+    def describe(self, responses):
+        """Metrics of responses, means over them; `reward` is the shifted score, without κ and the penalty."""
+        self.log.add_all({"reward": [one.score for one in responses], "kl": [one.kl for one in responses],
+                          "response_length": [len(one.ids) for one in responses],
+                          "finished": [one.finished for one in responses]})
 
-    # -- the updates ---------------------------------------------------------------------------------------------------
-
-    def learn(self, step, groups, log):
-        """ppo_epochs optimizer steps on the whole rollout; returns the mean norm of their gradients."""
-        norms, self.failed = [], False
-        for self.epoch in range(self.settings.ppo_epochs):
-            norms.append(super().learn(step, groups, log))
-            if self.failed:                               # the others would fail too
-                break
-        self.epoch = 0
-        return sum(norms) / len(norms)
-
-    def skip(self, step, why):
-        """A step counts as skipped when its first update is; behind that one only the rest of its updates is left out."""
-        self.failed = True
-        if self.epoch == 0:
-            super().skip(step, why)
-        else:
-            self.say(f"\nstep {step + 1}, update {self.epoch + 1}: {why}; the rest of the step is left out")
-
-    def go_on(self):
-        """Behind its first update a step can no longer be dropped as if it had not been."""
-        if self.epoch == 0:
-            super().go_on()
-
-    def weight(self, group):
-        return sum(len(one.ids) for one in group)
-
-    def objective(self, groups, log):
-        """The summed loss of the groups' tokens: the policy's, and value_coef times the value network's."""
-        s, responses = self.settings, [one for group in groups for one in group]
-        forest, starts = self.pack(responses)
-        logprobs = losses.logprobs_by_token(self.policy, forest, starts)
-        values = values_by_token(self.value, forest, starts)
+    def ppo_loss(self, groups):
+        """(M,) losses of the groups' tokens: the policy's, and value_coef times the value network's."""
+        s, responses = self.settings, all_of(groups)
+        packed, starts = pack_responses(responses)
+        logprobs = losses.logprobs_by_token(self.policy, packed, starts)
+        values = values_by_token(self.value, packed, starts)
         old, advantages = (tokens_of(responses, name).to(logprobs) for name in ("old", "advantages"))
         old_values, returns = (tokens_of(responses, name).to(values) for name in ("values", "returns"))
         of_policy = policy_loss(logprobs, old, advantages, s.clip_range)
         of_value = value_loss(values, old_values, returns, s.value_clip_range)
         both = of_policy + s.value_coef * of_value
         clipped = ((logprobs - old).exp() - 1).abs() > s.clip_range
-        for name, value in (("loss", both), ("policy_loss", of_policy), ("value_loss", of_value), ("clip_share", clipped)):
-            log.add(name, value)
-        log.count("tokens", sum(len(one.x) + len(one.ids) for one in responses))
-        return both.sum()
+        self.log.add_all({"loss": both, "policy_loss": of_policy, "value_loss": of_value, "clip_share": clipped})
+        self.log.tokens += sum(len(one.x) + len(one.ids) for one in responses)
+        return both
 
-    def nothing(self):
+    def blank_example(self):
         zero = torch.zeros(1, dtype=torch.float64)
-        example = Response([0], [0], True, 0.0, zero, zero, zero, zero, zero)
-        return self.objective([[example]], self.new_log()) * 0
+        return Group([Response([0], [0], True, "", 0.0, zero, zero, zero, zero, zero)])
 
     @torch.no_grad()
     def evaluate(self):
         """eval_reward, eval_kl, … of fresh responses to held-out prompts, from the same uniforms each time."""
-        if not self.data.held_out:
-            return {}
-        share = list(enumerate(self.data.held_out))[self.ranks.rank::self.ranks.size]
-        log = self.new_log()
+        self.log, rank = self.new_log(), self.ranks.rank
+        prompts = self.data.held_out[rank::self.ranks.size]
         with train.gathered(self.policy, self.reference, self.reward, self.value):
-            groups = self.read(share, self.respond(self.policy, 10 ** 6, share))         # far from the streams of the steps
-        self.describe([one for group in groups for one in group], log)
-        return {f"eval_{name}": value for name, value in log.means().items()}
+            far = 10 ** 6                                # a step whose stream no step of a run has
+            groups = self.read(prompts, self.sample_prompts(self.policy, far, prompts, rank))
+        self.describe(all_of(groups))
+        return {f"eval_{name}": value for name, value in self.log.means().items()}
 
 
 TRAINERS = {"reward": RewardTrainer, "rlhf": PPOTrainer}
 
 
+def world(settings):
+    """The embedded world's path to a reward model and PPO."""
+    trainers = {name: (recipes.Settings, train.Trainer) for name in recipes.RECIPES}
+    return toy.main(settings, trainers | {name: (Settings, trainer) for name, trainer in TRAINERS.items()})
+
+
 def main(settings):
     """Train what was named, or run the toy world's path to it where no model was."""
-    return train.main(settings, TRAINERS[settings.recipe])
+    return train.main(settings, TRAINERS[settings.recipe], world)
 
 
 if __name__ == "__main__":
-    train.launch(main, Settings)
+    launch(main, Settings)

@@ -210,7 +210,7 @@ class OutDir:
             config = json.dumps({"settings": self.record, "versions": VERSIONS, "commit": commit(),
                                  "ranks": self.ranks.size}, indent=2, ensure_ascii=False)
             disk.write_file(self.path / "config.json", config + "\n")
-            for lines in self.line_files():
+            for lines in line_files(self.path):
                 disk.keep_records(lines, step)
         except OSError as error:
             raise self.unwritable(error) from None
@@ -225,6 +225,11 @@ class OutDir:
         except OSError as error:
             raise self.unwritable(error, self.path / name) from None
 
+    def write_rollouts(self, step, rows):
+        """Rollouts as data rows, one file per rank, so that the run can be replayed offline."""
+        name = f"rollouts.{self.ranks.rank}.jsonl" if self.ranks.rank else "rollouts.jsonl"
+        self.ranks.on_all(lambda: self.append(name, [row | {"step": step + 1} for row in rows]))
+
     def save(self, tensors, state):
         """checkpoint/step-N: {name: tensor}, sharded or whole, and `state`, JSON with the "step"."""
         with self.written_aside(self.path / "checkpoint" / f"step-{state['step']}") as aside:
@@ -234,7 +239,7 @@ class OutDir:
             self.ranks.on_first(lambda: self.write_state(aside, state))
 
     def write_state(self, folder, state):
-        for lines in self.line_files():          # a resumed run counts on the lines up to here
+        for lines in line_files(self.path):      # a resumed run counts on the lines up to here
             disk.sync(lines)
         files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
         content = state | {"ranks": self.ranks.size, "settings": self.record, "files": files}
@@ -273,9 +278,6 @@ class OutDir:
                 shutil.rmtree(aside, ignore_errors=True)
             raise self.unwritable(error, place) from None
 
-    def line_files(self):
-        return [*self.path.glob("metrics.jsonl"), *self.path.glob("rollouts*.jsonl")]
-
     def checkpoints(self):
         """Complete checkpoints, oldest first."""
         found = [path for path in self.path.glob("checkpoint/step-*")
@@ -295,6 +297,10 @@ class OutDir:
         return InputError(f"{place} cannot be written: {reason(error)}; " + (
             f"{kept[-1].name} is kept, and the same command goes on from there." if kept else
             "there is no checkpoint yet, and the same command starts again."))
+
+
+def line_files(out):
+    return [*out.glob("metrics.jsonl"), *out.glob("rollouts*.jsonl")]
 
 
 def read_state(folder):

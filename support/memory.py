@@ -9,11 +9,13 @@ Measured on a CPU, a run takes 0.8 to 1.2 times as much as is said here. What is
 Letters: N tokens of a micro-batch's forest, c and m bytes of a number in the compute type and of a master.
 """
 import copy
+import os
 from dataclasses import dataclass
 
 import torch
 
 from support.cli import InputError
+from support.ranks import check_replicas, pick_device, pick_dtype
 
 HEAD_CHUNK = 512               # tokens whose logits stand in memory at a time, as losses.py has it
 FOREST_TOKENS = 16384          # tokens that the judge reads at a time, as judge.py has it
@@ -192,11 +194,33 @@ def remedy(s, fits):
     return "more ranks, shorter texts or a smaller model are needed"
 
 
-def dry_run(s, shapes, compute, ranks, device, available):
-    """Print about what a rank needs; InputError where that clearly does not fit into `available` bytes.
+def dry_run(s, network):
+    """Print about what a rank needs, of as many as WORLD_SIZE or torchrun says; reads no weights.
 
-    s: train.py's settings; shapes: {folder: Shape} of s.folders(); compute: the torch type; device: its kind.
+    s: train.py's settings; network(folder): a network without memory.
     """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if s.model is None:
+        raise InputError("--dry_run needs a model: --model=DIR.")
+    if not world.isdigit() or int(world) < 1:
+        raise InputError(f"WORLD_SIZE={world}: a number of processes.")
+    ranks = int(world)
+    check_replicas(s.replicas, ranks)
+    if s.device_memory is not None:                   # another machine's
+        device, available = "cpu" if s.device == "cpu" else "cuda", s.device_memory * GIB
+    else:
+        device = pick_device(s.device).split(":")[0]
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        available = (torch.cuda.get_device_properties(0).total_memory if device == "cuda" else
+                     os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / here)
+    compute = torch.bfloat16 if s.dtype == "auto" and device == "cuda" else pick_dtype(s.dtype, device)
+    shapes = {folder: Shape.of(network(folder)) for folder in s.folders()}
+    if int(os.environ.get("RANK", "0")) == 0:
+        report(s, shapes, compute, ranks, device, available)
+
+
+def report(s, shapes, compute, ranks, device, available):
+    """Print the estimate; InputError where it clearly does not fit into `available` bytes."""
     job = job_of(s, shapes, compute, ranks)
     most, holes, worst = job.peak()
     adapters = f" and {job.adapters:,} of adapters" if job.adapters else ""

@@ -58,3 +58,11 @@ def rounded(record):
 def summary(metrics):
     """The few figures of a step that a person watches."""
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+
+
+def shown(step, context, texts, strengths, pairs):
+    """A prompt with its samples, from the best down, and the pairs made of them, for people to read."""
+    order = sorted(range(len(texts)), key=lambda i: -strengths[i])
+    lines = [f"  {rank}. p(y ≻ ∅) = {strengths[i]:.3f}  {texts[i]!r}" for rank, i in enumerate(order, 1)]
+    pairs = ", ".join(f"p({i + 1} ≻ {j + 1}) = {p:.3f}" for i, j, p in pairs)
+    return "\n".join([f"\nstep {step + 1}: {context!r}", *lines, f"  pairs: {pairs}  (as numbered when sampled)\n"])

@@ -29,6 +29,13 @@ def pick_device(name):
     return name
 
 
+def pick_dtype(name, device):
+    """The torch type of a --dtype setting; auto is bfloat16 where CUDA has it fast."""
+    if name == "auto":
+        name = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, name)
+
+
 def check_replicas(replicas, ranks):
     if ranks % replicas:
         raise InputError(f"--replicas={replicas}: the number of processes, {ranks}, is no multiple of it.")

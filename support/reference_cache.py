@@ -55,7 +55,7 @@ class ReferenceCache:
         """The values in the file, checked: its name says what they belong to, not that it is whole."""
         wanted = {query: ("F64", (len(self.pairs), 2)) for query in self.queries}
         if hf.header(self.path) != wanted:
-            raise InputError(f"{self.path} does not hold {len(self.pairs)} pairs' log-probabilities; remove it.")
+            raise InputError(f"{self.path} does not hold the values of {len(self.pairs)} pairs; remove it.")
         return load_file(self.path)
 
     def write(self):

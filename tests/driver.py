@@ -3,8 +3,8 @@
     launch(runs, ranks=2, file=RUNS.json)                              several, in one group of processes
     FAULTS='{"slow": 0.2}' torchrun … tests/driver.py --recipe=dpo …   one, as train.py
 
-`runs` is a list of {"settings": {…}} with, where a run needs it, "from": an out_dir to copy first, "exact": true
-for metrics with all their digits, and "faults". Steps count from 1:
+`runs` is a list of {"settings": {…}} with, where needed, "from": an out_dir to copy first, "exact": true for
+metrics with all their digits, and "faults". Steps count from 1:
 
     slow       seconds that each file's sync takes
     fill       {"at": "save", "final" or "update", "step": N, "file": PATH, "leave": bytes}: fills PATH's disk
@@ -215,14 +215,14 @@ def run_entry(entry, rank):
 
 
 def launch(entries, ranks, file):
-    """Run them: one rank in this process, more of them through torchrun, which reads `file`; returns what they said."""
+    """Run them: one rank in this process, more by torchrun, which reads `file`; returns what they said."""
     if ranks == 1:
         for entry in entries:
             run_entry(entry, 0)
         return ""
     file.write_text(json.dumps(entries))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__,
-               f"--runs={file}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+               __file__, f"--runs={file}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-4000:]

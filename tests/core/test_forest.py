@@ -1,4 +1,4 @@
-"""forest.py against brute force and against the same sequences one at a time: layout, attention, growth, the cache.
+"""forest.py against brute force and the same sequences one at a time: layout, attention, growth, the cache.
 
 Where a test says "equal", a control beside it shows that its comparison notices the mistakes it is there for.
 """
@@ -27,7 +27,8 @@ def random_sequences(seed):
     """1 to 10 sequences over few ids: they share prefixes, repeat, and some are prefixes of others."""
     rng = random.Random(seed)
     ids, longest = rng.choice((1, 2, 3, 30)), rng.choice((1, 2, 5, 12))
-    sequences = [[rng.randrange(ids) for _ in range(rng.randint(1, longest))] for _ in range(rng.randint(1, 6))]
+    sequences = [[rng.randrange(ids) for _ in range(rng.randint(1, longest))]
+                 for _ in range(rng.randint(1, 6))]
     sequences += [rng.choice(sequences)[:rng.randint(1, longest)] for _ in range(rng.randint(0, 4))]
     rng.shuffle(sequences)
     return sequences
@@ -140,7 +141,8 @@ def one_at_a_time(net, sequences):
 
 def difference(one, other):
     """The largest difference of values, and that of gradients."""
-    return [max((a - b).abs().max().item() for a, b in zip(x, y, strict=True)) for x, y in zip(one, other, strict=True)]
+    return [max((a - b).abs().max().item() for a, b in zip(x, y, strict=True))
+            for x, y in zip(one, other, strict=True)]
 
 
 @blocks
@@ -160,8 +162,10 @@ def test_a_wrong_forest_is_noticed(family, block, query_block):
     N, index, end = len(packed.tokens), torch.arange(len(packed.tokens)), packed.end
     parent = int(((end < N) & (end > index + 1)).nonzero()[-1])      # its subtree ends before the forest does
     wrong = {
-        "every end is N": dict(end=torch.full_like(end, N)), "one end too late": dict(end=end + (index == parent)),
-        "one end too early": dict(end=end - (index == parent).long()), "position is the index": dict(depth=index),
+        "every end is N": dict(end=torch.full_like(end, N)),
+        "one end too late": dict(end=end + (index == parent)),
+        "one end too early": dict(end=end - (index == parent).long()),
+        "position is the index": dict(depth=index),
     }
     for name, change in wrong.items():
         found = as_forest(net, dataclasses.replace(packed, **change))
@@ -218,19 +222,21 @@ def test_recomputing_activations_keeps_less(family):
 # Log-probabilities on a forest
 
 def logprobs_alone(net, sequences, starts):
-    """Σ log π of each sequence's tokens from its start on: a plain causal forward each, no forest, no chunks."""
+    """Σ log π of each sequence's tokens from its start on: a causal forward each, no forest, no chunks."""
     values = []
     for sequence, start in zip(sequences, starts):
         logs = net.head(net(torch.tensor([sequence])))[0].log_softmax(-1)
-        values.append(sum((logs[i - 1, sequence[i]] for i in range(start, len(sequence))), logs.new_zeros(())))
+        scored = [logs[i - 1, sequence[i]] for i in range(start, len(sequence))]
+        values.append(sum(scored, logs.new_zeros(())))
     return torch.stack(values)
 
 
 def apart(net, found, expected):
-    """The largest difference of two vectors of log-probabilities and of the gradients of a weighted sum of them."""
+    """The largest difference of two vectors of log-probabilities and of a weighted sum's gradients."""
     weights = torch.linspace(-1, 2, len(found), dtype=found.dtype)
-    one, other = (torch.autograd.grad((values * weights).sum(), list(net.parameters())) for values in (found, expected))
-    return max([(found - expected).abs().max().item()] + [(a - b).abs().max().item() for a, b in zip(one, other)])
+    one, other = (torch.autograd.grad((values * weights).sum(), list(net.parameters()))
+                  for values in (found, expected))
+    return max(difference([[found], one], [[expected], other]))
 
 
 @families
@@ -250,7 +256,8 @@ FAULTS = {       # each a mistake that still "trains"
         dataclasses.replace(packed, parent=torch.arange(len(packed.tokens)) - 1), starts),
     "predicted from itself": lambda packed, starts: (
         dataclasses.replace(packed, parent=torch.arange(len(packed.tokens))), starts),
-    "the response starts a token early": lambda packed, starts: (packed, [max(start - 1, 1) for start in starts]),
+    "the response starts a token early": lambda packed, starts: (
+        packed, [max(start - 1, 1) for start in starts]),
     "the response starts a token late": lambda packed, starts: (packed, [start + 1 for start in starts]),
 }
 
@@ -278,7 +285,7 @@ def test_what_is_scored_comes_from_lengths_not_from_ids():
 # A forest that grows
 
 def grown(net, first, then, shift=0):
-    """Hidden states of the last token of each sequence of `then`, read after what was read of `first`; the forest."""
+    """Hidden states of each last token of `then`, read after what was read of `first`; and the forest."""
     cache, past = forest.Cache(net.config), forest.pack(first)
     hidden = net.hidden(past, cache)
     packed = forest.grow(past, then)
@@ -297,8 +304,10 @@ def test_a_forest_that_grows_is_the_sequences_alone(family, block, query_block):
     for seed in range(4):
         rng = random.Random(seed)
         first, then = batch(seed)[0], batch(seed + 1)[0]
-        then += [sequence[:rng.randint(1, len(sequence))] + [rng.randrange(64) for _ in range(rng.randint(0, 5))]
-                 for sequence in first] + [first[0], first[1][:2], [63, 63, 63]]
+        for sequence in first:
+            fresh = [rng.randrange(64) for _ in range(rng.randint(0, 5))]
+            then.append(sequence[:rng.randint(1, len(sequence))] + fresh)
+        then += [first[0], first[1][:2], [63, 63, 63]]
         found, packed = grown(net, first, then)
         expected = torch.stack([net(torch.tensor([sequence]))[0, -1] for sequence in then])
         assert (found - expected).abs().max() < 1e-10

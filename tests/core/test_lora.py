@@ -1,5 +1,5 @@
-"""Adapters: what a layer with them computes, that nothing else is trained, that the base stays at hand as reference
-and judge, and that final/ and adapter/ are what transformers and PEFT read.
+"""Adapters: what a layer with them computes, that nothing else is trained, that the base stays reference and
+judge, and that final/ and adapter/ are what transformers and PEFT read.
 """
 import json
 import math
@@ -40,9 +40,9 @@ def world(tmp_path_factory):
 def settings(world, out, **changes):
     """Settings of a short float64 run whose steps are large enough to see."""
     return train.Settings(**{
-        "model": str(world / "llama"), "data": [str(world / "pairs.jsonl")], "out_dir": str(out), "recipe": "dpo",
-        "steps": 3, "batch_size": 4, "lr": 1e-2, "warmup_steps": 0, "max_length": 96, "max_tokens": 12, "k": 4,
-        "dtype": "float64", "lora_rank": 4, "lora_alpha": 8.0, **changes})
+        "model": str(world / "llama"), "data": [str(world / "pairs.jsonl")], "out_dir": str(out),
+        "recipe": "dpo", "steps": 3, "batch_size": 4, "lr": 1e-2, "warmup_steps": 0, "max_length": 96,
+        "max_tokens": 12, "k": 4, "dtype": "float64", "lora_rank": 4, "lora_alpha": 8.0, **changes})
 
 
 def trained(world, out, **changes):
@@ -79,8 +79,11 @@ def disturb(net, seed=0):
 # The layer
 
 def test_a_layer_worked_by_hand():
-    """x = (1, 2), W = [[1, 0], [2, 1]], bias (0, 5): W x + bias = (1, 9). A = [[1, 1], [0, -1]], B = [[1, 2], [0, 3]]:
-    A x = (3, -2), B A x = (-1, -6). With alpha 6 and rank 2 the scale is 3: (1 - 3, 9 - 18) = (-2, -9)."""
+    """x = (1, 2), W = [[1, 0], [2, 1]], bias (0, 5): W x + bias = (1, 9).
+
+    A = [[1, 1], [0, -1]], B = [[1, 2], [0, 3]]: A x = (3, -2), B A x = (-1, -6). With alpha 6 and
+    rank 2 the scale is 3: (1 - 3, 9 - 18) = (-2, -9).
+    """
     net = adapted_net("neox", rank=2, alpha=6.0)
     layer = net.blocks[0].attention.o
     given = dict(weight=[[1, 0], [2, 1]], bias=[0, 5], lora_a=[[1, 1], [0, -1]], lora_b=[[1, 2], [0, 3]])
@@ -188,7 +191,7 @@ def test_the_first_step_is_exact(recipe, family, world, tmp_path):
 
 @families
 def test_only_the_adapters_are_trained(family, world, tmp_path):
-    """As many numbers as the formula says, all changed; the base keeps its bits and, without adapters, its logits."""
+    """As many numbers as the formula says, all changed; the base keeps its bits and its logits."""
     trainer, _ = trained(world, tmp_path, model=str(world / family))
     base = model.load(world / family, torch.float64)
     policy = dict(trainer.policy.named_parameters())
@@ -207,12 +210,16 @@ def test_only_the_adapters_are_trained(family, world, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["dpo", "sr-dpo", "osp"])
 def test_the_base_is_its_own_reference_and_judge(recipe, world, tmp_path, monkeypatch):
-    """One network in memory, and every figure is that of a run whose reference and judge are read from a copy."""
+    """One network in memory, and every figure is that of a run whose reference and judge are a copy."""
     read, load = [], model.load
-    monkeypatch.setattr(model, "load", lambda folder, *rest: read.append(Path(folder).name) or load(folder, *rest))
+
+    def noted(folder, *rest):
+        read.append(Path(folder).name)
+        return load(folder, *rest)
+    monkeypatch.setattr(model, "load", noted)
     one, first = trained(world, tmp_path / "one", recipe=recipe, steps=5)
     assert read == ["llama"] and one.reference is one.policy and one.judge in (None, one.policy)
-    copies = dict(reference=str(world / "copy")) | (dict(judge=str(world / "copy")) if recipe == "osp" else {})
+    copies = dict.fromkeys(("reference", "judge") if recipe == "osp" else ("reference",), str(world / "copy"))
     two, second = trained(world, tmp_path / "two", recipe=recipe, steps=5, **copies)
     assert read == ["llama", "llama", "copy"] and two.reference is not two.policy
     for a, b in zip(first, second, strict=True):
@@ -258,11 +265,12 @@ def test_adapters_learn(recipe, world, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["dpo", "osp", "sft"])
 def test_half_precision(recipe, world, tmp_path):
-    """A frozen base needs no masters: it lies in bfloat16, as final/ does; the adapters and their optimizer in float32."""
+    """A frozen base needs no masters: it lies in bfloat16, as final/; adapters and optimizer in float32."""
     trainer, rows = trained(world, tmp_path, recipe=recipe, dtype="bfloat16", optimizer="adam")
     kinds = {("lora_" in name, weight.dtype) for name, weight in trainer.policy.named_parameters()}
     assert kinds == {(False, torch.bfloat16), (True, torch.float32)}
-    assert {value.dtype for state in trainer.optimizer.state.values() for value in state.values()} == {torch.float32}
+    states = trainer.optimizer.state.values()
+    assert {value.dtype for state in states for value in state.values()} == {torch.float32}
     for file, dtype in (("final/model", torch.bfloat16), ("adapter/adapter_model", torch.float32)):
         assert {weight.dtype for weight in load_file(tmp_path / f"{file}.safetensors").values()} == {dtype}
     if recipe != "sft":
@@ -288,7 +296,7 @@ def test_final_is_the_adapted_network(family, world, tmp_path):
 
 @families
 def test_adapter_is_what_peft_loads(family, world, tmp_path):
-    """On the base folder, which adapter_config.json names: every tensor finds its place, and the logits are ours to 1e-4."""
+    """On the folder that adapter_config.json names: every tensor finds its place, logits to 1e-4."""
     trainer, _ = trained(world, tmp_path, model=str(world / family), dtype="float32")
     base = transformers.AutoModelForCausalLM.from_pretrained(world / family)
     with torch.no_grad():
@@ -347,5 +355,6 @@ def test_what_adapters_belong_to_may_not_change(world, tmp_path):
                                           ("--lora_rank=2 --lora_alpha=0", "--lora_alpha=0")])
 def test_settings_that_cannot_be(typed, words, world, tmp_path, monkeypatch, capsys):
     code, _, error = tiny.command(train, capsys, monkeypatch, "--recipe=dpo", f"--model={world / 'llama'}",
-                                  f"--data={world / 'pairs.jsonl'}", f"--out_dir={tmp_path / 'out'}", *typed.split())
+                                  f"--data={world / 'pairs.jsonl'}", f"--out_dir={tmp_path / 'out'}",
+                                  *typed.split())
     assert code == 1 and error.startswith("error: ") and words in error and error.count("\n") == 1

@@ -1,7 +1,7 @@
-"""model.py against transformers: logits over a grid of configs, folders there and back, config.json read alike.
+"""model.py against transformers: logits over a grid of configs, folders there and back, the same config.json.
 
-Every network here is small and every parameter random, biases and norms too, so that a wrong mapping shows. Where a
-test says "equal", a control beside it shows that its comparison notices the mistakes it is there for.
+Every network here is small and every parameter random, biases and norms too, so that a wrong mapping shows.
+Where a test says "equal", a control beside it shows that its comparison notices the mistakes it is there for.
 """
 import functools
 import json
@@ -25,8 +25,8 @@ DATA = Path(os.environ.get("OSPREY_DATA", Path(__file__).parents[3] / "shared" /
 VOCAB, LENGTH = 61, 48
 TOKENS = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 
-SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             max_position_embeddings=64)
+SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, max_position_embeddings=64)
 NEOX = dict(SIZES, model_type="gpt_neox", num_attention_heads=2, layer_norm_eps=0.03, rotary_pct=0.25,
             rotary_emb_base=50.0)
 LLAMA = dict(SIZES, model_type="llama", rms_norm_eps=0.03, rope_theta=50.0, num_key_value_heads=2)
@@ -93,7 +93,7 @@ def oracle(tmp_path_factory):
 
     @functools.cache
     def make(case):
-        config = AutoConfig.for_model(**json.loads(json.dumps(CASES[case])))    # a copy: rope_scaling is added to
+        config = AutoConfig.for_model(**json.loads(json.dumps(CASES[case])))    # a copy: it is changed
         net = randomise(AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval())
         folder = tmp_path_factory.mktemp(case)
         net.save_pretrained(folder)
@@ -107,7 +107,7 @@ def read(folder):
 
 
 def edit(folder, target, change):
-    """A copy of the folder with config.json changed: `change` takes its object and returns the new one or nothing."""
+    """A copy of the folder whose config.json is changed: change(its object) returns a new one or nothing."""
     shutil.copytree(folder, target)
     raw = read(folder)
     raw = change(raw) or raw
@@ -127,7 +127,7 @@ def test_logits_equal_transformers(case, oracle):
 
 
 def other_values(raw):
-    """Yield (key, another value) for each field of a config.json that changes the mathematics and no shape."""
+    """Yield (key, another value) for each field of a config.json that changes the result and no shape."""
     other = {"layer_norm_eps": 1e-5, "rms_norm_eps": 1e-6, "num_attention_heads": 4,
              "hidden_act": {"silu": "relu", "gelu": "gelu_new"}.get(raw["hidden_act"], "gelu"),
              "use_parallel_residual": not raw.get("use_parallel_residual"),
@@ -144,7 +144,7 @@ def other_values(raw):
 
 @every_case
 def test_every_field_is_noticed(case, oracle, tmp_path):
-    """The control of the test above: another value in config.json alone, and the logits are far from the same."""
+    """The control of the test above: another value in config.json alone, and the logits are far off."""
     net, folder = oracle(case)
     expected, changes = their_logits(net), dict(other_values(read(folder)))
     assert len(changes) >= 3
@@ -163,7 +163,7 @@ def test_fields_that_belong_to_the_shapes_refuse_the_weights(case, oracle, tmp_p
     sizes = ("head_dim", "num_key_value_heads", "num_hidden_layers")
     other |= {key: 4 if raw[key] == 2 else 2 for key in sizes if key in raw}
     for key, value in other.items():
-        if key != "tie_word_embeddings" or not value:         # a head beside a tied embedding is taken for its copy
+        if key != "tie_word_embeddings" or not value:         # a head beside a tied one is taken for its copy
             with pytest.raises(InputError, match=str(tmp_path / key)):
                 model.load(edit(oracle(case)[1], tmp_path / key, lambda raw: raw.update({key: value})))
 
@@ -172,17 +172,19 @@ def test_fields_that_belong_to_the_shapes_refuse_the_weights(case, oracle, tmp_p
 def test_absent_fields_mean_what_transformers_takes_them_for(model_type):
     from transformers import AutoConfig
     sizes = {key: value * 4 for key, value in SIZES.items() if key != "max_position_embeddings"}
-    ours, theirs = model.parse_config(dict(sizes, model_type=model_type)), AutoConfig.for_model(model_type, **sizes)
+    sizes["model_type"] = model_type
+    ours, theirs = model.parse_config(sizes), AutoConfig.for_model(**sizes)
     names = {"context": "max_position_embeddings", "activation": "hidden_act", "tied": "tie_word_embeddings",
-             "norm_eps": "layer_norm_eps" if ours.is_neox else "rms_norm_eps", "kv_heads": "num_key_value_heads",
-             "head_dim": "head_dim", "attention_bias": "attention_bias", "sliding_window": "sliding_window",
+             "norm_eps": "layer_norm_eps" if ours.is_neox else "rms_norm_eps",
+             "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "attention_bias": "attention_bias",
+             "sliding_window": "sliding_window",
              "parallel_residual": "use_parallel_residual"}
     for mine, name in names.items():
         assert getattr(ours, mine) == getattr(theirs, name, getattr(ours, mine)), name
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.rope_scaling is None
     assert ours.rotary_dims == ours.head_dim * theirs.rope_parameters.get("partial_rotary_factor", 1)
     if ours.sliding_window:
-        assert model.parse_config(dict(sizes, model_type=model_type, sliding_window=None)).sliding_window is None
+        assert model.parse_config(dict(sizes, sliding_window=None)).sliding_window is None
 
 
 def test_float32_masters_compute_like_bfloat16_weights(oracle):
@@ -216,7 +218,8 @@ def old_generation(raw):
     else:
         raw.update(rope_theta=theta)
     name = "type" if kind == "linear" else "rope_type"
-    return dict(raw, torch_dtype=raw.pop("dtype"), rope_scaling=None if kind == "default" else {name: kind, **rope})
+    scaling = None if kind == "default" else {name: kind, **rope}
+    return dict(raw, torch_dtype=raw.pop("dtype"), rope_scaling=scaling)
 
 
 @every_case
@@ -236,7 +239,7 @@ def test_there_and_back(case, generation, oracle, tmp_path):
 
 @pytest.mark.parametrize("repeat, fits", [(1.0, True), (0.5, False)])
 def test_neox_fields_under_both_names(repeat, fits, oracle, tmp_path):
-    """transformers 4.4x writes rope_theta beside rotary_emb_base and partial_rotary_factor beside rotary_pct."""
+    """transformers 4.4x writes rope_theta and partial_rotary_factor beside rotary_emb_base and rotary_pct."""
     net, folder = oracle("neox")
     for key, value in (("rope_theta", 50.0), ("partial_rotary_factor", 0.25)):
         both = edit(folder, tmp_path / key, lambda raw: dict(old_generation(raw), **{key: value * repeat}))
@@ -253,12 +256,14 @@ def test_dtypes(case, dtype, oracle, tmp_path):
     from transformers import AutoModelForCausalLM
     AutoModelForCausalLM.from_pretrained(oracle(case)[1], dtype=dtype).save_pretrained(tmp_path / "theirs")
     assert {tensor.dtype for tensor in load_file(tmp_path / "theirs/model.safetensors").values()} == {dtype}
-    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32, attn_implementation="eager")
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32,
+                                                attn_implementation="eager")
     assert difference(our_logits(tmp_path / "theirs"), their_logits(wide)) < 1e-4
     model.save(model.load(tmp_path / "theirs", dtype=dtype), tmp_path / "ours")
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert back.dtype == dtype                                  # config.json says so
-    assert all(torch.equal(weight.float(), wide.get_parameter(name)) for name, weight in back.named_parameters())
+    for name, weight in back.named_parameters():
+        assert torch.equal(weight.float(), wide.get_parameter(name))
 
 
 @pytest.mark.parametrize("name", ["embed_out.weight", "lm_head.weight"])
@@ -296,10 +301,10 @@ print((peak() - before) / sum(weight.nbytes for weight in net.parameters()))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 1.4), (torch.float16, 1.8)])     # float16: its file is half
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1.4), (torch.float16, 1.8)])     # its file is half
 def test_load_takes_one_copy_of_memory(dtype, most, tmp_path):
-    small, large = (dict(LLAMA, vocab_size=v, hidden_size=w, num_hidden_layers=4) for v, w in ((100, 32), (5000, 896)))
-    for name, raw in (("small", small), ("large", large)):
+    for name, vocabulary, width in (("small", 100, 32), ("large", 5000, 896)):
+        raw = dict(LLAMA, vocab_size=vocabulary, hidden_size=width, num_hidden_layers=4)
         model.save(model.Transformer(model.parse_config(raw)).initialise(0).to(dtype), tmp_path / name)
     root = Path(model.__file__).parent
     result = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "small", tmp_path / "large"], cwd=root,
@@ -318,8 +323,8 @@ def data_folder(name):
     return folder
 
 
-STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she "
-         "saw a big, red ball. She wanted to play with it, but it was too high.")
+STORY = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One "
+         "day, she saw a big, red ball. She wanted to play with it, but it was too high.")
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -349,21 +354,24 @@ def test_real_folders_equal_transformers(name):
 # A config.json that cannot be used: one sentence that names the file and the field
 
 BAD_CONFIGS = [
-    {"model_type": None}, {"model_type": "gpt2"}, {"model_type": ["llama"]}, {"hidden_size": None}, {"hidden_size": 0},
-    {"hidden_size": -32}, {"hidden_size": "32"}, {"hidden_size": 32.0}, {"hidden_size": True}, {"hidden_size": 2 ** 50},
-    {"vocab_size": 0}, {"intermediate_size": []}, {"num_hidden_layers": 0}, {"num_hidden_layers": 10 ** 8},
-    {"num_attention_heads": 3}, {"num_attention_heads": {}}, {"num_key_value_heads": 3}, {"num_key_value_heads": -1},
-    {"head_dim": 0}, {"head_dim": 7}, {"max_position_embeddings": "long"}, {"rms_norm_eps": 0},
-    {"rms_norm_eps": "1e-5"}, {"rms_norm_eps": float("nan")}, {"rms_norm_eps": float("inf")}, {"rope_theta": -1.0},
-    {"rope_theta": 10 ** 400}, {"rope_scaling": {"type": "linear", "factor": 10 ** 400}}, {"hidden_act": "x" * 10 ** 6},
-    {"num_attention_heads": 2 ** 20, "head_dim": 2 ** 20}, {"a\nb": 1}, {"hidden_act": "quick_gelu"},
-    {"hidden_act": ["silu"]}, {"attention_bias": 1}, {"mlp_bias": "false"}, {"tie_word_embeddings": "yes"},
-    {"quantization_config": {"bits": 4}}, {"sliding_window": 9}, {"partial_rotary_factor": 0.5}, {"logit_scale": 0.1},
-    {"rope_scaling": "linear"}, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+    {"model_type": None}, {"model_type": "gpt2"}, {"model_type": ["llama"]}, {"hidden_size": None},
+    {"hidden_size": 0}, {"hidden_size": -32}, {"hidden_size": "32"}, {"hidden_size": 32.0},
+    {"hidden_size": True}, {"hidden_size": 2 ** 50}, {"vocab_size": 0}, {"intermediate_size": []},
+    {"num_hidden_layers": 0}, {"num_hidden_layers": 10 ** 8}, {"num_attention_heads": 3},
+    {"num_attention_heads": {}}, {"num_key_value_heads": 3}, {"num_key_value_heads": -1}, {"head_dim": 0},
+    {"head_dim": 7}, {"max_position_embeddings": "long"}, {"rms_norm_eps": 0}, {"rms_norm_eps": "1e-5"},
+    {"rms_norm_eps": float("nan")}, {"rms_norm_eps": float("inf")}, {"rope_theta": -1.0},
+    {"rope_theta": 10 ** 400}, {"rope_scaling": {"type": "linear", "factor": 10 ** 400}},
+    {"hidden_act": "x" * 10 ** 6}, {"num_attention_heads": 2 ** 20, "head_dim": 2 ** 20}, {"a\nb": 1},
+    {"hidden_act": "quick_gelu"}, {"hidden_act": ["silu"]}, {"attention_bias": 1}, {"mlp_bias": "false"},
+    {"tie_word_embeddings": "yes"}, {"quantization_config": {"bits": 4}}, {"sliding_window": 9},
+    {"partial_rotary_factor": 0.5}, {"logit_scale": 0.1}, {"rope_scaling": "linear"},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
     {"rope_scaling": {"type": ["linear"], "factor": 2.0}}, {"rope_scaling": {"type": "linear"}},
     {"rope_scaling": {"type": "linear", "factor": 0}}, {"rope_scaling": {"type": "linear", "factor": "2"}},
     {"rope_scaling": {"type": "linear", "factor": 2.0, "attention_factor": 0.5}},
-    {"rope_scaling": {**LLAMA3, "low_freq_factor": 3.0}}, {"rope_parameters": {"partial_rotary_factor": 0.5}},
+    {"rope_scaling": {**LLAMA3, "low_freq_factor": 3.0}},
+    {"rope_parameters": {"partial_rotary_factor": 0.5}},
 ]
 BAD_NEOX = [{"rotary_pct": 1.5}, {"rotary_pct": -0.5}, {"rotary_pct": "all"}, {"rotary_pct": 0.45},
             {"rotary_emb_base": 0}, {"layer_norm_eps": -1e-5}, {"use_parallel_residual": 0},

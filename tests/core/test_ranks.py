@@ -1,7 +1,7 @@
-"""One trajectory however many ranks share it: the same losses, weights and checkpoints on 1, 2, 3 and 2 × 2 ranks.
+"""One trajectory however many ranks share it: the same losses, weights and checkpoints on 1, 2, 3 and 2 × 2.
 
-All trainings of a number of ranks run one after the other in one group of processes (driver.py); the checks below
-read what they left. The figures are compared with all their digits.
+All trainings of a number of ranks run one after the other in one group of processes (driver.py); the checks
+below read what they left. The figures are compared with all their digits.
 """
 import json
 import warnings
@@ -16,8 +16,8 @@ import driver
 import model
 import tiny
 
-# name: (settings, on how many ranks). All of them run on one rank too. Where the epoch of 13 rows is not cut short
-# by `steps`, its last batch has one row, so that one rank works and the others have none.
+# name: (settings, on how many ranks). All of them run on one rank too. Where the epoch of 13 rows is not cut
+# short by `steps`, its last batch has one row, so that one rank works and the others have none.
 RUNS = {
     "dpo": (dict(recipe="dpo", steps=8), (2, 3)),
     "dpo in float32": (dict(recipe="dpo", steps=6, dtype="float32"), (2,)),
@@ -48,10 +48,9 @@ RESUMED = {
 }
 BEFORE = {2: 1, 3: 2, 4: 2, 1: 3}              # ranks: on how many the run began that they resume
 MICRO = {1: 8, 2: 1, 3: 2, 4: 1}               # one global batch as ranks × accumulation
-WRONG = {                                      # what bad input must say; each rank sees it, none waits for the others
+WRONG = {                                      # what bad input must say; no rank waits for the others
     "shape": (dict(model="{world}/misshapen"), "has shape"),
-    "head": (dict(model="{world}/untied"), "differs from the embedding"),
-    "missing": (dict(reference="{world}/halved"), "is missing"),
+    "missing": (dict(reference="{world}/halved"), "lacks the tensor"),
     "replicas": (dict(replicas=4), "--replicas=4"),
     "file": (dict(data=["{world}/nowhere.jsonl"]), "nowhere.jsonl"),
 }
@@ -60,23 +59,22 @@ WRONG = {                                      # what bad input must say; each r
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Sharp models, so that strengths lie apart: where two are equal up to rounding, ranks may order them
-    differently, and that is no error. No dimension of the vocabulary of 421 can be split in halves or thirds; the
-    narrow model has 4 keys, of which a third rank gets none."""
+    differently, and that is no error. The vocabulary of 421 cannot be split in halves or thirds; the narrow
+    model has 4 keys, of which a third rank gets none."""
     path = tmp_path_factory.mktemp("world")
     narrow = dict(num_key_value_heads=1, head_dim=4, tie_word_embeddings=True)
-    for name, family, changes in (("model", "llama", {}), ("other", "llama", dict(seed=1)), ("mistral", "mistral", {}),
+    for name, family, changes in (("model", "llama", {}), ("other", "llama", dict(seed=1)),
                                   ("neox", "neox", {}), ("neox-tied", "neox", dict(tie_word_embeddings=True)),
-                                  ("narrow", "llama", narrow), ("untied", "llama", dict(tie_word_embeddings=True)),
+                                  ("mistral", "mistral", {}), ("narrow", "llama", narrow),
                                   ("misshapen", "llama", {}), ("halved", "llama", {})):
-        tiny.folder(path / name, family, **{"scale": 1.0, "vocab_size": 421, **changes})
+        tiny.folder(path / name, family, scale=1.0, vocab_size=421, **changes)
 
     def edit(name, change):
         weights = load_file(path / name / "model.safetensors")
         change(weights)
         save_file(weights, path / name / "model.safetensors")
-    # A louder end of text: it is sure in some contexts and out of question in others, so samples differ in length.
+    # A louder end of text, sure in some contexts and out of question in others: samples differ in length.
     edit("model", lambda weights: weights["lm_head.weight"][2].mul_(10))
-    edit("untied", lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"] + 1}))
     edit("misshapen", lambda weights: weights.update({"model.norm.weight": torch.ones(33)}))
     edit("halved", lambda weights: [weights.pop(name) for name in sorted(weights)[::2]])
     tiny.write_jsonl(path / "pairs.jsonl", tiny.pairs(13, seed=1))
@@ -84,8 +82,11 @@ def world(tmp_path_factory):
     return path
 
 
-def plan(world, base, ranks):
-    """What the driver runs on so many ranks: short float64 trainings whose steps are large enough to see."""
+def plan(world, base, ranks, again=False):
+    """What the driver runs on so many ranks: short float64 trainings whose steps are large enough to see.
+
+    again: what goes on from trainings of more ranks.
+    """
     entries = []
 
     def put(value, out):
@@ -93,32 +94,34 @@ def plan(world, base, ranks):
             return [put(item, out) for item in value]
         return value.format(world=world, out=out) if isinstance(value, str) else value
 
-    def add(name, changes, source=None, **faults):
+    def add(name, changes, **more):
         out = base / f"{name}-{ranks}"
-        given = dict(model="{world}/model", data=["{world}/pairs.jsonl"], out_dir="{out}", batch_size=4, lr=1e-3,
-                     warmup_steps=0, max_length=96, max_tokens=12, k=4, dtype="float64", device="cpu",
-                     micro_batch_size=MICRO[ranks]) | changes
-        entries.append({"settings": {key: put(value, out) for key, value in given.items()}, "exact": True,
-                        "faults": faults, **({"from": str(base / source)} if source else {})})
+        given = dict(model="{world}/model", data=["{world}/pairs.jsonl"], out_dir="{out}", batch_size=4, k=4,
+                     micro_batch_size=MICRO[ranks], lr=1e-3, warmup_steps=0, max_length=96, max_tokens=12,
+                     dtype="float64", device="cpu") | changes
+        given = {key: put(value, out) for key, value in given.items()}
+        entries.append({"settings": given, "exact": True, **more})
+    for name, changes in RESUMED.items():
+        if ranks > 1 or again:
+            add(f"other {name}", changes | {"replicas": 2 if ranks == 4 else 1},
+                **{"from": str(base / f"cut {name}-{BEFORE[ranks]}")})
+        if ranks < 4 and not again:
+            add(f"whole {name}", changes)
+            add(f"cut {name}", changes, faults={"interrupt": 6})            # saved after step 4
+            add(f"same {name}", changes, **{"from": str(base / f"cut {name}-{ranks}")})
+    if again:
+        return entries
     for name, (changes, sizes) in RUNS.items():
         if ranks == 1:
             add(name, {k: v for k, v in changes.items() if k not in ("replicas", "checkpoint_activations")})
         elif ranks in sizes:
             add(name, changes)
-    for name, changes in RESUMED.items():
-        if ranks < 4:
-            add(f"whole {name}", changes)
-            add(f"cut {name}", changes, interrupt=6)                        # saved after step 4
-            add(f"same {name}", changes, source=f"cut {name}-{ranks}")
-        if ranks > 1:
-            add(f"other {name}", changes | {"replicas": ranks // 2 if ranks == 4 else 1},
-                source=f"cut {name}-{BEFORE[ranks]}")
     if ranks < 4:
         add("half", dict(recipe="dpo", lora_rank=4, dtype="bfloat16", steps=3, lr=1e-4))
+    if ranks == 2:
+        add("kept", RUNS["recomputed"][0] | {"checkpoint_activations": False})
     if ranks in (2, 3):
-        add("at a time", dict(recipe="osp", steps=2), at_a_time=[9, 1, 1])
-        if ranks == 2:
-            add("kept", RUNS["recomputed"][0] | {"checkpoint_activations": False})
+        add("at a time", dict(recipe="osp", steps=2), faults={"at_a_time": [9, 1, 1]})
         for name, (changes, _) in WRONG.items():
             add(f"wrong {name}", dict(recipe="dpo", **changes))
     return entries
@@ -128,12 +131,8 @@ def plan(world, base, ranks):
 def done(world, tmp_path_factory):
     """All trainings -> place(name, ranks), their out_dir."""
     base = tmp_path_factory.mktemp("runs")
-    for ranks in (1, 2, 3, 4):
-        driver.launch(plan(world, base, ranks), ranks, base / f"plan-{ranks}.json")
-    for name in RESUMED:                                            # one rank goes on from three, which it waited for
-        entry, = [entry for entry in plan(world, base, 1) if entry["settings"]["out_dir"] == str(base / f"same {name}-1")]
-        entry["settings"]["out_dir"] = str(base / f"other {name}-1")
-        driver.launch([entry | {"from": str(base / f"cut {name}-{BEFORE[1]}")}], 1, None)
+    for ranks, again in ((1, False), (2, False), (3, False), (4, False), (1, True)):
+        driver.launch(plan(world, base, ranks, again), ranks, base / f"plan-{ranks}.json")
     return lambda name, ranks: base / f"{name}-{ranks}"
 
 
@@ -216,7 +215,7 @@ def test_ranks_end_sampling_at_different_steps(done):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_may_sample_in_different_rounds(ranks, done):
-    """How many prompts a rank samples together is its own affair: the first takes all, the others one by one."""
+    """How many prompts a rank samples together is its own affair: the first takes all, the others one."""
     assert_close(metrics(done("at a time", ranks))[1], metrics(done("osp", 1))[1], 1e-10)
 
 
@@ -243,14 +242,15 @@ def test_half_precision_with_adapters(ranks, done):
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_on_as_many_ranks(name, ranks, done):
     """Interrupted after step 5 of 8 and gone on with from step 4: the bits of the uninterrupted run."""
-    assert last_checkpoint(done(f"cut {name}", ranks))[0] == 4 and len(metrics(done(f"cut {name}", ranks))) == 5
+    cut = done(f"cut {name}", ranks)
+    assert last_checkpoint(cut)[0] == 4 and len(metrics(cut)) == 5
     assert_same_run(done(f"whole {name}", ranks), done(f"same {name}", ranks), 0)
 
 
 @pytest.mark.parametrize("ranks", BEFORE)
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_on_another_number_of_ranks(name, ranks, done):
-    """1 → 2, 2 → 3, 2 → 2 × 2 and 3 → 1: four steps later all is as on one rank that was never interrupted."""
+    """1 → 2, 2 → 3, 2 → 2 × 2 and 3 → 1: four steps later all is as on one rank, never interrupted."""
     assert_same_run(done(f"whole {name}", 1), done(f"other {name}", ranks), 1e-10)
     assert json.loads((done(f"other {name}", ranks) / "config.json").read_text())["ranks"] == ranks
 
@@ -258,22 +258,22 @@ def test_resumed_on_another_number_of_ranks(name, ranks, done):
 # ------------------------------------------------------------------------------------------------------------
 # Who holds what
 
-@pytest.mark.parametrize("name, ranks", [("dpo", 2), ("dpo", 3), ("sr-dpo, an epoch", 3), ("sft", 3), ("lora", 2),
-                                         ("lora", 3), ("replicas", 4)])
+@pytest.mark.parametrize("name, ranks", [("dpo", 2), ("dpo", 3), ("sr-dpo, an epoch", 3), ("sft", 3),
+                                         ("lora", 2), ("lora", 3), ("replicas", 4)])
 def test_each_rank_reads_and_keeps_its_own_rows(name, ranks, done):
-    """Together they are all rows, and no rank asks the file for another's: of a vocabulary of 421, of norms, of 4
-    keys on 3 ranks, of which the last one gets none. Under replicas each half is read once per replica."""
+    """Together they are all rows, and no rank asks the file for another's: of a vocabulary of 421, of norms,
+    of 4 keys on 3 ranks, of which the last gets none. Under replicas each half is read once per replica."""
     changes, said = RUNS[name][0], reports(done(name, ranks), ranks)
     shards = ranks // changes.get("replicas", 1)
     shapes = {tensor: list(weight.shape) for tensor, weight in final(done(name, ranks)).items()}
-    readings = 1 if changes["recipe"] == "sft" or "lora_rank" in changes else 2      # a reference's like the policy's
+    again = [] if changes["recipe"] == "sft" or "lora_rank" in changes else [1]       # for the reference
     assert said[0]["read"].keys() == shapes.keys()
     for tensor, shape in shapes.items():
         for copy in range(0, ranks, shards):
             at = 0
             for report in said[copy:copy + shards]:
-                (start, stop), *more = report["read"][tensor]
-                assert start == at and more == [[start, stop]] * (readings - 1), (tensor, report["read"][tensor])
+                (start, stop), *more = spans = report["read"][tensor]
+                assert start == at and more == [[start, stop] for _ in again], (tensor, spans)
                 at = stop
             assert at == shape[0]
     config = model.read_config(done(name, ranks) / "final")
@@ -292,7 +292,8 @@ def test_each_rank_reads_and_keeps_its_own_rows(name, ranks, done):
 def test_some_rank_keeps_nothing(done):
     """The cases above are what they are said to be."""
     for run, name, rows in (("sft", "blocks.0.attention.k.weight", [2, 2, 0]),
-                            ("lora", "blocks.0.mlp.up.lora_a", [2, 2, 0]), ("dpo", "embed.weight", [141, 141, 139])):
+                            ("lora", "blocks.0.mlp.up.lora_a", [2, 2, 0]),
+                            ("dpo", "embed.weight", [141, 141, 139])):
         assert [report["kept"][name] for report in reports(done(run, 3), 3)] == [[n, 32] for n in rows]
 
 

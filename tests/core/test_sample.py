@@ -181,7 +181,7 @@ def test_generation_is_the_plain_loop(family, how):
     expected = [[sample.Sample(*plain_loop(net, prompt, row, **HOW[how])) for row in rows]
                 for prompt, rows in zip(PROMPTS, table())]
     assert_same(samples, expected)
-    assert len(set(map(len, ids_of(samples)))) > 2                          # rows did leave at different times
+    assert len(set(map(len, ids_of(samples)))) > 2                 # rows did leave at different times
 
 
 def test_batching_changes_nothing():
@@ -197,7 +197,7 @@ def test_batching_changes_nothing():
 
 @pytest.mark.parametrize("at_a_time", [1, 4, 100])
 def test_the_loop_over_prompts(at_a_time, monkeypatch):
-    """A prompt's samples belong to (seed, step, its place), whatever is sampled beside it; rooms are limits."""
+    """A prompt's samples belong to (seed, step, its place), whatever is beside it; rooms are limits."""
     net, places, rooms, sizes = tiny.net(seed=5), [4, 9, 2, 0, 7, 5], [3, 99, 5, 99, 1, 99], []
     plain = sample.generate
     monkeypatch.setattr(sample, "generate", lambda *given: sizes.append(len(given[1])) or plain(*given))
@@ -226,7 +226,7 @@ def test_limits():
     """A prompt with less room gets fewer tokens, the same ones; a row cut by its limit is not finished."""
     net = tiny.net(seed=5)
     free = generate(net)
-    limits = [sorted(len(s.ids) for s in row)[1] for row in free]           # one row ends by itself just there
+    limits = [sorted(len(s.ids) for s in row)[1] for row in free]       # one row ends by itself just there
     held = generate(net, limits=limits)
     for limit, long, short in zip(limits, free, held):
         for a, b in zip(long, short):
@@ -296,7 +296,7 @@ def test_every_token_is_reported_as_it_comes(max_tokens):
 
 
 def test_where_responses_stop_and_what_they_may_hold(folders):
-    """The ends that the folder names; no padding token, and no row after the tokenizer's ids, as Pythia has."""
+    """The ends that the folder names; no padding token, no row after the tokenizer's ids, as Pythia has."""
     net, tokenizer = sample.load_model(folders["neox"], "float32", "cpu")
     stops, allowed = sample.stopping(tokenizer, "hh", net.config)
     end, padding = (tokenizer.special_ids[name] for name in ("<|endoftext|>", "<|padding|>"))
@@ -331,8 +331,8 @@ def test_command_line(family, folders, tmp_path, command):
     """Rows with these fields; one seed gives the same rows at any batch size, on the screen and in a file."""
     given = [{"prompt": row["prompt"]} for row in tiny.pairs(5)]
     path = tiny.write_jsonl(tmp_path / "prompts.jsonl", given)
-    arguments = [f"--model={folders[family]}", f"--prompts={path}", "--k=3", "--max_tokens=9", "--dtype=float64",
-                 "--temperature=1.2", "--seed=4"]
+    arguments = [f"--model={folders[family]}", f"--prompts={path}", "--k=3", "--max_tokens=9",
+                 "--dtype=float64", "--temperature=1.2", "--seed=4"]
     code, out, err = command(*arguments)
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [row["prompt"] for row in rows] == [row["prompt"] for row in given]

@@ -12,8 +12,8 @@ from support.cli import InputError
 from support.rows import read_rows
 from support.tokenizer import load_tokenizer
 
-SMALL = dict(width=32, layers=2, heads=2, ffn=64, batch_size=4, micro_batch_size=2, k=3, max_tokens=12, rounds=1,
-             peer_micro_batch_sizes=[4])
+SMALL = dict(width=32, layers=2, heads=2, ffn=64, batch_size=4, micro_batch_size=2, k=3, max_tokens=12,
+             rounds=1, peer_micro_batch_sizes=[4])
 
 
 @pytest.fixture(scope="module")

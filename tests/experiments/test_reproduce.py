@@ -110,7 +110,7 @@ def test_every_claim_and_every_recipe_is_there():
     assert {run.recipe for run in runs.RUNS.values()} >= {*recipes.RECIPES, *rlhf.RECIPES}
     for claim in claims.CLAIMS.values():
         assert all(part.runs <= runs.RUNS.keys() for part in claim.parts)
-    assert {name for *_, names in figures.FIGURES.values() for name in names} <= runs.RUNS.keys()
+    assert {name for _, _, names, _ in figures.FIGURES.values() for name in names} <= runs.RUNS.keys()
     panels = [runs.RUNS[name].recipe for name in figures.FIGURES["recipes"][2]]
     assert sorted(panels) == sorted([*recipes.RECIPES, *rlhf.RECIPES])
 

@@ -1,6 +1,5 @@
-"""Nothing older than the last save is lost: killed, full, damaged, doubled and stopped runs end with the same bits."""
+"""Nothing older than the last save is lost: killed, full, damaged and stopped runs end with the same bits."""
 import contextlib
-import errno
 import json
 import math
 import os
@@ -13,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 import driver
 import model
@@ -40,9 +40,9 @@ def world(tmp_path_factory):
 
 def settings(world, out, **changes):
     """Settings of a short online float64 run, whose rollouts, weights and optimizer all have to come back."""
-    given = {"recipe": "osp", "model": str(world / "model"), "data": [str(world / "pairs.jsonl")], "out_dir": str(out),
-             "steps": 12, "batch_size": 4, "micro_batch_size": 1, "lr": 1e-3, "warmup_steps": 0, "max_length": 96,
-             "max_tokens": 6, "k": 4, "dtype": "float64", **changes}
+    given = {"recipe": "osp", "model": str(world / "model"), "data": [str(world / "pairs.jsonl")],
+             "out_dir": str(out), "steps": 12, "batch_size": 4, "micro_batch_size": 1, "lr": 1e-3,
+             "warmup_steps": 0, "max_length": 96, "max_tokens": 6, "k": 4, "dtype": "float64", **changes}
     if given["recipe"] == "dpo":
         del given["max_tokens"], given["k"]
     if "eval_every" in given:
@@ -51,7 +51,7 @@ def settings(world, out, **changes):
 
 
 def typed(given):
-    return [f"--{name}={','.join(value) if isinstance(value, list) else value}" for name, value in given.items()]
+    return [f"--{name}={value[0] if isinstance(value, list) else value}" for name, value in given.items()]
 
 
 def run(world, out, **changes):
@@ -71,7 +71,8 @@ def in_ranks(folder, runs):
 
 def figures(out):
     """The lines of metrics.jsonl without times, which differ from run to run."""
-    return [{k: v for k, v in row.items() if "second" not in k} for _, row in disk.records(out / "metrics.jsonl")]
+    rows = [row for _, row in disk.records(out / "metrics.jsonl")]
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
 
 
 def steps_of(out):
@@ -90,7 +91,8 @@ def same(out, whole):
 
 
 def tensors_of(folder):
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    files = map(load_file, sorted(folder.glob("*.safetensors")))
+    return {name: tensor for file in files for name, tensor in file.items()}
 
 
 def complete(out):
@@ -128,7 +130,8 @@ def whole(world, tmp_path_factory):
     path = tmp_path_factory.mktemp("whole")
     run(world, path / "1")
     run(world, path / "1 evaluated", **EVALUATED)
-    in_ranks(path, [(settings(world, path / "2"), {}), (settings(world, path / "2 evaluated", **EVALUATED), {})])
+    evaluated = settings(world, path / "2 evaluated", **EVALUATED)
+    in_ranks(path, [(settings(world, path / "2"), {}), (evaluated, {})])
     return path
 
 
@@ -155,13 +158,13 @@ def workers_of(torchrun):
 
 
 def kill(running, whom):
-    """SIGKILL for the torchrun, for it and all its workers, or for one rank. Returns when none of them is left."""
+    """SIGKILL for the torchrun, for it and all its workers, or for one rank. Returns when none is left."""
     workers = workers_of(running)
     if whom == "all":
         for pid in (running.pid, *workers.values()):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)               # each worker leads a group of its own
-    else:                                                    # so early that there is no such rank: the torchrun
+    else:                                                    # so early that there is no such rank: torchrun
         os.kill(workers.get(whom, running.pid), signal.SIGKILL)
     said, _ = running.communicate(timeout=120)               # whoever writes to the pipe is gone then
     tiny.until(lambda: not any(alive(pid) for pid in workers.values()))
@@ -176,7 +179,7 @@ def kill_and_go_on(given, plan, rng):
     """
     out, newest, during = Path(given["out_dir"]), 0, 0
 
-    def is_new(started):                  # what the last kill has left lies there until config.json is written
+    def is_new(started):              # what the last kill has left lies there until config.json is written
         return (out / "config.json").exists() and (out / "config.json").stat().st_mtime > started
     for whom, saving in plan:
         started = time.time()
@@ -195,14 +198,14 @@ def kill_and_go_on(given, plan, rng):
         assert before <= newest < given["steps"] and (not newest or steps_of(out) >= newest)
     running = launch(given)
     said, _ = running.communicate(timeout=300)
-    assert running.returncode == 0 and f"going on from {out / 'checkpoint' / f'step-{newest}'}\n" in said, said[-3000:]
+    assert running.returncode == 0 and f"going on from {out}/checkpoint/step-{newest}\n" in said, said[-3000:]
     assert not half_saved(out) and complete(out) == [given["steps"]]
     return during
 
 
 def test_killed_while_saving(world, whole, tmp_path):
-    """SIGKILL for torchrun, for the whole job and for the first rank, each at a random moment of a save: each
-    checkpoint that has a state.json is whole, none is lost, no orphan goes on, and the job ends with the same bits."""
+    """SIGKILL for torchrun, for the whole job, for the first rank, at a random moment of a save: what has a
+    state.json is whole, nothing is lost, no orphan goes on, and the job ends with the same bits."""
     given = settings(world, tmp_path, save_every=1)
     assert kill_and_go_on(given, [("torchrun", True), ("all", True), (0, True)], random.Random(1)) >= 2
     assert same(tmp_path, whole / "2")
@@ -227,7 +230,7 @@ class Killed(BaseException):
 
 @contextlib.contextmanager
 def still_from(monkeypatch, operation):
-    """What touches the disk fails from that operation on, as if the process were gone. Yields what was done."""
+    """What touches the disk fails from that operation on, as if the process were gone. Yields the list."""
     done = []
 
     def counted(place, name):
@@ -249,8 +252,8 @@ def still_from(monkeypatch, operation):
 @pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_killed_at_each_operation_on_the_disk(resume, every, world, tmp_path, monkeypatch):
-    """The disk stands still from the n-th rename, removal, sync, … on: what has a state.json is whole, the newest
-    checkpoint is at most one save old, and the run goes on to the same bits. `never` is over a finished run."""
+    """The disk stands still from the n-th rename, removal, sync, … on: what has a state.json is whole, one
+    save is lost at most, and the run goes on to the same bits. `never` is over a finished run."""
     changes = dict(recipe="dpo", steps=3, save_every=1, keep=1, eval_every=2)
     run(world, tmp_path / "whole", **changes)
     operations = math.inf
@@ -260,7 +263,7 @@ def test_killed_at_each_operation_on_the_disk(resume, every, world, tmp_path, mo
         out = tmp_path / str(n)
         if resume == "never":
             shutil.copytree(tmp_path / "whole", out)
-        with still_from(monkeypatch, n) as done, contextlib.suppress(Killed, checkpoint.dcp.api.CheckpointException):
+        with still_from(monkeypatch, n) as done, contextlib.suppress(Killed, CheckpointException):
             run(world, out, **changes, resume=resume)
             operations = len(done)
         saved, steps = complete(out), steps_of(out)
@@ -283,7 +286,7 @@ class Disk:
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.shell = subprocess.Popen(["unshare", "-rm", "sh", "-c", script], **pipes)
         if self.shell.stdout.readline() != "ready\n":
-            pytest.skip(f"a small filesystem needs root or unshare -rm: {self.shell.communicate()[1].strip()}")
+            pytest.skip(f"a small filesystem needs root or unshare -rm: {self.shell.communicate()[1]}")
         self.place, self.path = place, Path(f"/proc/{self.shell.pid}/root/{str(place).lstrip('/')}")
 
     def remount(self, options):
@@ -304,7 +307,7 @@ def small(tmp_path):
 
 
 def process(given, ranks, capsys, monkeypatch, **faults):
-    """(exit status, all that was said) of a training: of one process in this one, of two ranks by torchrun."""
+    """(exit status, all that was said) of a training: one process in this one, two ranks by torchrun."""
     if ranks > 1:
         running = launch(given, ranks, **faults)
         said, _ = running.communicate(timeout=120)
@@ -318,8 +321,8 @@ def process(given, ranks, capsys, monkeypatch, **faults):
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk(ranks, world, whole, small, capsys, monkeypatch):
-    """Full while saving, adding lines or writing final/: status 1 and one sentence with what, why and the checkpoint
-    that is kept. When there is room again the same command goes on, and ends with the same bits."""
+    """Full while saving, adding lines or writing final/: status 1 and one sentence with what, why and which
+    checkpoint is kept. When there is room again the same command goes on, and ends with the same bits."""
     out, filler = small.path / "out", small.path / "filler"
     given = settings(world, out, save_every=2)
     for at, step, leave, what, kept in (("save", 2, 150_000, "checkpoint/step-2 cannot", None),
@@ -340,7 +343,7 @@ def test_a_full_disk(ranks, world, whole, small, capsys, monkeypatch):
 def test_no_room_for_the_rows_of_one_rank(world, tmp_path):
     """The second rank's file of rollouts alone cannot be written: both stop, with that rank's sentence."""
     running = launch(settings(world, tmp_path, save_every=2), slow=0.2)
-    tiny.until(lambda: (tmp_path / "checkpoint/step-2/state.json").exists() or running.poll() is not None, 120)
+    tiny.until(lambda: (tmp_path / "checkpoint/step-2").exists() or running.poll() is not None, 120)
     (tmp_path / "rollouts.1.jsonl").unlink()
     (tmp_path / "rollouts.1.jsonl").symlink_to("/dev/full")
     said, _ = running.communicate(timeout=120)
@@ -365,22 +368,12 @@ def test_a_read_only_out_dir(world, small, capsys, monkeypatch):
     assert process(settings(world, out, **changes), 1, capsys, monkeypatch)[0] == 0
 
 
-def test_an_out_dir_without_permission(world, tmp_path, capsys, monkeypatch):
-    """Somebody else's folder: the same sentence. Root may write everywhere, so open() is made to refuse."""
-    def refuse(path, *rest, **options):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-    monkeypatch.setattr(checkpoint, "open", refuse, raising=False)
-    code, said = process(settings(world, tmp_path / "out", recipe="dpo"), 1, capsys, monkeypatch)
-    assert code == 1
-    one_sentence(said, f"--out_dir={tmp_path / 'out'} cannot be written: Permission denied")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # torchrun
 
 @pytest.mark.parametrize("resume, rank", [("auto", 1), pytest.param("never", 0, marks=pytest.mark.slow)])
 def test_torchrun_restarts_a_killed_rank(resume, rank, world, whole, tmp_path):
-    """--max-restarts=1: the second try goes on from the first one's checkpoint, though that was to start over."""
+    """--max-restarts=1: the second try goes on from the first one's checkpoint, though told to start over."""
     if resume == "never":
         run(world, tmp_path)                                # this one is to be gone
     running = launch(settings(world, tmp_path, save_every=2, resume=resume), options=["--max-restarts=1"],
@@ -393,8 +386,8 @@ def test_torchrun_restarts_a_killed_rank(resume, rank, world, whole, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_dead_rank_ends_the_job_and_a_second_job_is_refused(rank, world, tmp_path):
-    """A second torchrun on the same out_dir gets one sentence and changes nothing; the first goes on. When one of its
-    ranks is killed the other one says so, in a sentence, and all is over."""
+    """A second torchrun on the same out_dir gets one sentence and changes nothing; the first goes on. When
+    one of its ranks is killed the other one says so, in a sentence, and all is over."""
     given = settings(world, tmp_path, recipe="dpo", steps=100_000)
     first = tiny.launch(typed(given), ranks=2)
     tiny.until(lambda: tiny.lines(tmp_path / "metrics.jsonl") >= 2)
@@ -431,7 +424,7 @@ def test_the_lock_is_the_last_ranks(world, tmp_path):
 # Told to stop
 
 def test_a_signal_to_torchrun(world, whole, tmp_path):
-    """torchrun passes it on; the step is finished, saved and named, and the same command ends with the same bits."""
+    """torchrun passes it on; the step is finished, saved, named; the same command ends with the same bits."""
     given = settings(world, tmp_path, save_every=2)
     for number, after in ((signal.SIGTERM, 2), (signal.SIGINT, 6)):
         running = launch(given, slow=0.2)
@@ -461,9 +454,10 @@ def test_a_signal_finishes_the_step(at, step, number, world, whole, tmp_path, mo
 
 def test_a_second_interrupt_stops_at_once(world, whole, tmp_path, monkeypatch):
     """What lies after the last save is made again."""
+    interrupt = {"at": "update", "step": 4, "rank": 0, "number": int(signal.SIGINT)}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        for number in (1, 2):
-            driver.plant({"signal": {"at": "update", "step": 4, "rank": 0, "number": int(signal.SIGINT)}}, patch.setattr)
+        driver.plant({"signal": interrupt}, patch.setattr)
+        driver.plant({"signal": interrupt}, patch.setattr)
         run(world, tmp_path, **EVALUATED, save_every=2)
     assert complete(tmp_path) == [2] and steps_of(tmp_path) == 3
     run(world, tmp_path, **EVALUATED, save_every=2)
@@ -471,13 +465,14 @@ def test_a_second_interrupt_stops_at_once(world, whole, tmp_path, monkeypatch):
 
 
 def test_two_ranks_that_differ(world, whole, tmp_path):
-    """In one group of processes, none of which may hang. One rank is told to stop in an update or an evaluation: both
-    finish it and save. One rank samples its prompts one by one: the same bits. One rank's samples are all the same:
-    the other's pairs alone count. A loss or gradient that is not finite on one rank skips the update on both.
-    --save_minutes saves on both, however their clocks go."""
+    """In one group of processes, none of which may hang. One rank is told to stop in an update or an
+    evaluation: both finish it and save. One samples its prompts one by one: the same bits. One's samples are
+    all the same: the other's pairs alone count. A loss or gradient that is not finite on one rank skips the
+    update on both. --save_minutes saves on both, however their clocks go."""
     given = {name: settings(world, tmp_path / name, **changes) for name, changes in {
-        "update": {}, "few": {}, "evaluate": EVALUATED, "minutes": dict(recipe="dpo", steps=3, save_minutes=1e-9, keep=9),
-        "same": dict(steps=3), "loss": dict(steps=4, recipe="dpo"), "gradient": dict(steps=4, recipe="dpo")}.items()}
+        "update": {}, "few": {}, "evaluate": EVALUATED, "same": dict(steps=3),
+        "minutes": dict(recipe="dpo", steps=3, save_minutes=1e-9, keep=9),
+        "loss": dict(recipe="dpo", steps=4), "gradient": dict(recipe="dpo", steps=4)}.items()}
     stop = {"rank": 1, "number": int(signal.SIGTERM)}
     said = in_ranks(tmp_path, [
         (given["update"], {"signal": {**stop, "at": "update", "step": 5}}), (given["update"], {}),
@@ -488,9 +483,9 @@ def test_two_ranks_that_differ(world, whole, tmp_path):
     assert same(tmp_path / "update", whole / "2") and same(tmp_path / "few", whole / "2")
     assert same(tmp_path / "evaluate", whole / "2 evaluated")
     assert complete(tmp_path / "minutes") == [1, 2, 3]
-    rows = {name: disk.read_metrics(tmp_path / name / "metrics.jsonl") for name in ("same", "loss", "gradient")}
-    assert all(row["skipped"] == 0 < row["identical"] < 1 for row in rows["same"])
-    assert all([row["skipped"] for row in rows[at]] == [0, 1, 1, 1] for at in ("loss", "gradient"))
+    assert all(row["skipped"] == 0 < row["identical"] < 1 for row in figures(tmp_path / "same"))
+    for at in ("loss", "gradient"):
+        assert [row["skipped"] for row in figures(tmp_path / at)] == [0, 1, 1, 1]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -501,14 +496,18 @@ def truncate(folder):
     shard.write_bytes(shard.read_bytes()[:-10])
 
 
+def cut_state(folder):
+    (folder / "state.json").write_text((folder / "state.json").read_text()[:-9])
+
+
 DAMAGE = {"truncated": truncate, "missing": lambda folder: next(folder.glob("*.safetensors")).unlink(),
-          "state": lambda folder: (folder / "state.json").write_text((folder / "state.json").read_text()[:-9])}
+          "state": cut_state}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over(damage, world, tmp_path, capsys):
-    """--keep=2 keeps two. The newest is damaged: it is named, and the run goes on from the one before, to the same
-    bits. Both are: one sentence, and nothing is removed."""
+    """--keep=2 keeps two. The newest is damaged: it is named, and the run goes on from the one before, to the
+    same bits. Both are: one sentence, and nothing is removed."""
     changes, out = dict(recipe="dpo", steps=6, save_every=2, keep=2), tmp_path / "out"
     run(world, tmp_path / "whole", **changes)
     assert complete(tmp_path / "whole") == [4, 6]
@@ -538,7 +537,11 @@ def test_a_damaged_checkpoint_is_never_the_one_kept(world, tmp_path, monkeypatch
     run(world, out, **changes, save_every=2, keep=2)
     shutil.rmtree(out / "final")
     truncate(out / "checkpoint/step-6")
-    monkeypatch.setattr(checkpoint.OutDir, "save", lambda *given: saved.append((save(*given), complete(out))[1]))
+
+    def noted(*given):
+        save(*given)
+        saved.append(complete(out))
+    monkeypatch.setattr(checkpoint.OutDir, "save", noted)
     run(world, out, **changes, save_every=1, keep=1)
     assert saved == [[5], [6]] and same(out, tmp_path / "whole")
 
@@ -556,8 +559,8 @@ def test_a_shard_of_the_right_size_that_cannot_be_read_is_named(world, tmp_path)
 
 
 def test_lines_end_with_a_newline_and_nothing_else(tmp_path):
-    """A text may hold U+2028 or U+0085, which str.splitlines takes for ends of lines; and a line that was torn just
-    before its newline would run into the next one."""
+    """A text may hold U+2028 or U+0085, which str.splitlines takes for line ends; and a line that was torn
+    just before its newline would run into the next one."""
     file, ends = tmp_path / "rollouts.jsonl", ("\u2028", "\x85", "\u2029", "\x0b", "\r\n", "\x1c")
     rows = [{"step": i, "text": f"a{end}b"} for i, end in enumerate(ends, 1)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -569,17 +572,18 @@ def test_lines_end_with_a_newline_and_nothing_else(tmp_path):
 def test_an_evaluation_belongs_to_its_step(tmp_path):
     """A line of its own in the file, dropped with its step; read together with it."""
     file = tmp_path / "metrics.jsonl"
-    rows = [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 2, "eval_loss": 4}, {"step": 3, "loss": 1}]
+    rows = [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 2, "eval_loss": 4}, {"step": 3}]
+    second = {"step": 2, "loss": 2, "eval_loss": 4}
     assert disk.last_metrics(file) is None
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert disk.read_metrics(file) == [rows[0], {"step": 2, "loss": 2, "eval_loss": 4}, rows[3]]
+    assert disk.read_metrics(file) == [rows[0], second, rows[3]]
     disk.keep_records(file, 2)
-    assert file.read_text().count("\n") == 3 and disk.last_metrics(file) == {"step": 2, "loss": 2, "eval_loss": 4}
+    assert file.read_text().count("\n") == 3 and disk.last_metrics(file) == second
 
 
 def test_a_run_that_came_first_is_seen(world, tmp_path):
-    """Another run that began and ended while this one was reading its models is gone on from, not thrown away."""
-    trainer = train.Trainer(recipes.Settings(**settings(world, tmp_path, recipe="dpo", steps=2)))    # out_dir is empty
+    """Another run that began and ended while this one was reading its models is not thrown away."""
+    trainer = train.Trainer(recipes.Settings(**settings(world, tmp_path, recipe="dpo", steps=2)))
     first = run(world, tmp_path, recipe="dpo", steps=2)
     weights = (tmp_path / "final/model.safetensors").stat().st_mtime_ns
     assert trainer.run() == first[-1]
@@ -604,7 +608,7 @@ def test_a_step_that_is_not_finite_is_skipped(at, optimizer, world, tmp_path, mo
 
 
 def test_skipped_steps_are_counted_across_a_resume(world, tmp_path, monkeypatch):
-    """Three skipped steps, a stop, two more: five in a row end the run; with a good one between they do not."""
+    """Three skipped steps, a stop, two more: five in a row end the run, but not with a good one between."""
     changes = dict(recipe="dpo", steps=9)
 
     def poisoned(out, steps, **faults):
@@ -656,13 +660,3 @@ def test_samples_that_teach_nothing(world, tmp_path, monkeypatch):
         assert row["empty"] >= 0.25 and math.isfinite(row["loss"]) and row["skipped"] == 0
     for row in rows("all empty", lambda group: [empty] * len(group)):
         assert row["empty"] == 1 and row["skipped"] == row["step"]
-
-
-def test_a_judge_that_says_neither(world, tmp_path):
-    """A judge to whom all 420 tokens are alike has next to nothing on A and B: judge_off is 1, its strengths are ½."""
-    shutil.copytree(world / "model", tmp_path / "judge")
-    weights = load_file(tmp_path / "judge/model.safetensors")
-    weights = {name: weight * ("lm_head" not in name) for name, weight in weights.items()}
-    save_file(weights, tmp_path / "judge/model.safetensors")
-    for row in run(world, tmp_path / "out", steps=2, judge=str(tmp_path / "judge")):
-        assert row["judge_off"] == 1 and row["p"] == 0.5 and math.isfinite(row["loss"]) and row["skipped"] == 0

@@ -1,4 +1,4 @@
-"""support/hf.py: shards and index there and back, with transformers as the oracle, and damaged folders refused."""
+"""support/hf.py: shards and index there and back, transformers as the oracle; damaged folders refused."""
 import json
 import random
 import shutil
@@ -77,7 +77,7 @@ def test_shards(family, changes, tmp_path, shards):
 
 
 def test_files_of_an_earlier_save_are_removed(tmp_path, monkeypatch):
-    """From many files to fewer, to one and back, over the source itself: what the index names is all there is."""
+    """From many files to fewer, to one and back, over the source: what the index names is all there is."""
     net, counts = model.load(small(tmp_path)), []
     for limit in (6_000, 20_000, 10 ** 9, 12_000):
         monkeypatch.setattr(hf, "SHARD_BYTES", limit)
@@ -88,7 +88,8 @@ def test_files_of_an_earlier_save_are_removed(tmp_path, monkeypatch):
         index = tmp_path / INDEX
         many = limit < 10 ** 9
         assert index.exists() == many
-        assert files == (set(json.loads(index.read_text())["weight_map"].values()) if many else {"model.safetensors"})
+        named = json.loads(index.read_text())["weight_map"].values() if many else ["model.safetensors"]
+        assert files == set(named)
         counts.append(len(files))
         assert torch.equal(our_logits(tmp_path), our_logits(net))
         assert (their_logits(tmp_path) - our_logits(net)).abs().max() < 1e-3
@@ -139,7 +140,7 @@ def test_rows_are_read_alone(tmp_path):
 # Damaged folders: one sentence that names the file
 
 def test_damaged_files_are_refused(tmp_path):
-    """Cut anywhere, or 300 times with a few wrong bytes in the header: each loads or is refused, most are refused."""
+    """Cut anywhere, or 300 times with a few wrong bytes in the header: loaded or refused, mostly refused."""
     file, rng, refusals = small(tmp_path) / "model.safetensors", random.Random(0), 0
     content = file.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
@@ -151,7 +152,8 @@ def test_damaged_files_are_refused(tmp_path):
     for _ in range(300):
         damaged = bytearray(content)
         for _ in range(rng.choice((1, 1, 4))):
-            damaged[rng.randrange(header)] = rng.choice((rng.randrange(256), ord(rng.choice('0123456789{}[],:" F'))))
+            wrong = rng.choice((rng.randrange(256), ord(rng.choice('0123456789{}[],:" F'))))
+            damaged[rng.randrange(header)] = wrong
         file.write_bytes(damaged)
         try:
             model.load(tmp_path)
@@ -183,8 +185,9 @@ def test_tensors_that_config_does_not_ask_for(word, tmp_path):
     refused(tmp_path, str(tmp_path), word)
 
 
-@pytest.mark.parametrize("target", ["../x.safetensors", "/etc/passwd", "a\\b.safetensors", "a/b.safetensors", "..", ".",
-                                    "", 3, None, "x" * 5000, "a\nb", "\0", "model-00009-of-00009.safetensors"])
+@pytest.mark.parametrize("target", [
+    "../x.safetensors", "/etc/passwd", "a\\b.safetensors", "a/b.safetensors", "..", ".", "", 3, None,
+    "x" * 5000, "a\nb", "\0", "model-00009-of-00009.safetensors"])
 def test_an_index_stays_in_its_folder(target, tmp_path, shards):
     index = small(tmp_path / "folder") / INDEX
     shutil.copy(next(index.parent.glob("*.safetensors")), tmp_path / "x.safetensors")
