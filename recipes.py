@@ -4,9 +4,9 @@ A method is a choice on four axes: the loss, where responses come from, how they
 labelled. train.py knows the axes, not the methods. So a new system is a row of RECIPES, and a new loss is a
 function in losses.py and a row that names it: CONTRIBUTING.md shows one.
 
-    loss       a function of losses.py; it is given the arguments that it names (margin, delta, strength, beta …)
+    loss       a function of losses.py, called with the arguments that it names (margin, delta, strength, …)
     responses  dataset; or fresh samples: of the policy, of the reference, or rso (drawn from both in between)
-    pairs      dataset; or of fresh samples: one of judge.PAIRINGS, spin (the data set's response over a sample),
+    pairs      dataset; or of fresh samples: ranked, random, extremes, spin (the data set's over a sample),
                best (that one alone); None where the data set's single responses are learned
     labels     hard (the winner is named), soft (the judge's strength p of the preference), None
 """
@@ -50,7 +50,7 @@ class Recipe:
         rules = (
             ("loss", self.arguments(), "losses.py has no such function"),
             ("responses", self.responses in PAIRS, f"one of {', '.join(PAIRS)}"),
-            ("pairs", self.pairs in PAIRS.get(self.responses, ()), f"cannot be made of responses: {self.responses}"),
+            ("pairs", self.pairs in PAIRS.get(self.responses, ()), f"not made of {self.responses} responses"),
             ("pairs", single == (self.pairs in (None, "best")), f"loss {self.loss} takes " + (
                 "single responses (None, best)" if single else "two responses")),
             ("labels", self.labels == needed, f"loss {self.loss} takes {needed}; change labels or loss"),
@@ -95,12 +95,12 @@ class Recipe:
 RECIPES = {
     #                        loss       responses    pairs       labels
     "sft":            Recipe("sft",     "dataset",   None,       None,   SUPERVISED),
-    "judge":          Recipe("sft",     "dataset",   None,       None,   SUPERVISED),     # on judge instructions
+    "judge":          Recipe("sft",     "dataset",   None,       None,   SUPERVISED),     # instructions
     "dpo":            Recipe("dpo",     "dataset",   "dataset",  "hard", PAPER_1),
     "ipo":            Recipe("ipo",     "dataset",   "dataset",  "hard", PAPER_1),
     "sr-dpo":         Recipe("sr-dpo",  "dataset",   "dataset",  "hard", PAPER_1),
     "sr-ipo":         Recipe("sr-ipo",  "dataset",   "dataset",  "hard", PAPER_1),
-    "offline-soft":   Recipe("spce",    "dataset",   "dataset",  "soft", PAPER_2),        # labelled by the judge
+    "offline-soft":   Recipe("spce",    "dataset",   "dataset",  "soft", PAPER_2),        # the judge labels
     "osp":            Recipe("spce",    "policy",    "ranked",   "soft", PAPER_2),
     "osp-dpo":        Recipe("dpo",     "policy",    "ranked",   "hard", PAPER_2 | dict(beta=0.1)),
     "osp-ipo":        Recipe("ipo",     "policy",    "ranked",   "hard", PAPER_2 | dict(beta=0.1)),
@@ -154,27 +154,27 @@ class Settings:
     k: int | None = setting(None, "responses per prompt; papers: 7, with little data 9 and 21", least=1)
     temperature: float = setting(0.7, "of sampling (paper 2); greedy samples would all be one", above=0)
     top_p: float = setting(0.9, "of sampling (paper 2)", above=0, most=1)
-    candidates: int | None = setting(None, "rso: samples per prompt of which k are kept; default: 4 k", least=1)
+    candidates: int | None = setting(None, "rso: samples of which k are kept; default: 4 k", least=1)
     rso_beta: float = setting(0.1, "rso: towards 0 the best are kept, towards ∞ whatever comes", above=0)
     iterations: int | None = setting(None, "spin: how often policy and reference become equal", least=1)
 
-    max_length: int | None = setting(None, "of BOS + x + y; default: 512, or what fits", least=3, group="Tokens")
-    max_prompt_length: int | None = setting(None, "x is cut down to this; default: half of max_length", least=1)
+    max_length: int | None = setting(None, "BOS + x + y; default: 512, or what fits", least=3, group="Tokens")
+    max_prompt_length: int | None = setting(None, "x is cut to this; default: half of max_length", least=1)
     max_tokens: int | None = setting(None, "of a sample; default: what max_length leaves", least=1)
 
-    out_dir: str = setting("out", "gets config.json, metrics.jsonl, checkpoint/, final/ …", group="What is written")
+    out_dir: str = setting("out", "gets metrics.jsonl, checkpoint/, final/ …", group="What is written")
     eval_every: int = setting(0, "steps between evaluations; 0: only at the end", least=0)
     sample_every: int = setting(0, "online: steps between showing a prompt with its samples", least=0)
     save_every: int = setting(0, "steps between checkpoints; 0: by time, and at the end", least=0)
     save_minutes: float = setting(10.0, "minutes between checkpoints; 0: by steps alone", least=0)
     keep: int = setting(1, "checkpoints kept", least=1)
-    resume: str = setting("auto", "auto: from out_dir's checkpoint; never: start over; force: despite changes",
+    resume: str = setting("auto", "auto: from the checkpoint; never: start over; force: despite changes",
                           choices=("auto", "never", "force"))
 
     dtype: str = setting("auto", "of the computation; auto: bfloat16 on CUDA",
                          choices=("auto", "float32", "bfloat16", "float64"), group="The machine")
     device: str = setting("auto", "auto, cpu, cuda, mps")
-    replicas: int = setting(1, "copies of the sharded weights: 2 keeps gathering inside each of two nodes", least=1)
+    replicas: int = setting(1, "copies of the sharded weights; 2 on two nodes: gather inside", least=1)
     checkpoint_activations: bool = setting(False, "less memory, a third more time")
     reference_cache: str | None = setting(None, "folder that keeps what π_ref says of the data")
     dry_run: bool = setting(False, "only print the memory that each rank needs")
@@ -190,7 +190,7 @@ class Settings:
                 "; that one is of experiments.rlhf." if self.recipe in ("reward", "rlhf") else "."))
         recipe = self.recipes[self.recipe]
         for name, value in recipe.defaults.items():
-            if getattr(self, name) is None and name != "warmup_steps":     # that waits for the number of steps
+            if getattr(self, name) is None and name != "warmup_steps":     # that waits for the steps
                 setattr(self, name, value)
         if recipe.responses == "rso":
             self.candidates = self.candidates or 4 * self.k
@@ -201,7 +201,7 @@ class Settings:
         iterates = (self.iterations or 1) > 1
         impossible = (
             ("k", recipe.pairs in PAIRINGS and self.k < 2, "pairs need at least 2 responses per prompt"),
-            ("candidates", (self.candidates or self.k or 0) < (self.k or 0), f"fewer than the --k={self.k} to keep"),
+            ("candidates", (self.candidates or self.k or 0) < (self.k or 0), f"fewer than --k={self.k}"),
             ("iterations", iterates and self.lora_rank, "the reference under adapters cannot move"),
             ("reference", iterates and self.reference, "spin's is the policy at the start of each iteration"),
             ("betas", len(self.betas) != 2, "two numbers"))
@@ -214,7 +214,7 @@ class Settings:
         """The recipes and their defaults, as --help prints them."""
         lines = ["Recipes, and the defaults that are theirs:"]
         for name, recipe in cls.recipes.items():
-            defaults = " ".join(f"{key}={value}" for key, value in recipe.defaults.items() if value is not None)
+            defaults = " ".join(f"{key}={value}" for key, value in recipe.defaults.items() if value)
             axes = f"{recipe.loss}, {recipe.responses}, {recipe.pairs}, {recipe.labels}"
             lines += [f"  {name:<15} {axes}\n{'':<18}{defaults}"]
         return "\n".join(lines)
@@ -227,14 +227,14 @@ class Settings:
         room = context - p_length
         longest = self.max_length or min(512, room)
         if longest > room or longest < 3:
-            raise InputError(f"--max_length={longest}: the model's context of {context} tokens, less {p_length} "
-                             f"for the refinement prompt, leaves {room}.")
+            raise InputError(f"--max_length={longest}: the model's context of {context} tokens, less "
+                             f"{p_length} for the refinement prompt, leaves {room}.")
         prompt = self.max_prompt_length or longest // 2
         response = self.max_tokens or longest - min(prompt, longest // 2)
         if self.recipes[self.recipe].online:         # a prompt keeps what max_tokens leaves, its BOS included
             room = longest - response - prefix
             if room < 1:
-                raise InputError(f"--max_tokens={response} leaves a prompt no room in --max_length={longest}.")
+                raise InputError(f"--max_tokens={response} leaves no room for x in --max_length={longest}.")
             prompt = min(prompt, room)
         return longest, prompt, response
 

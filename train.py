@@ -5,14 +5,14 @@
     torchrun train.py --recipe=sr-dpo --model=out/sft/final --data=FILE --out_dir=out/sr-dpo
     torchrun --nproc-per-node 2 train.py …                   the same on two ranks
 
-Read Trainer.update first, and from there rollout (paper 2, algorithm 1), learn, pair_loss, margin. What is done to
-the weights of many ranks (FSDP2) stands before it, the loop after it. Which method: recipes.py.
+Read Trainer.update first, and from there rollout (paper 2, algorithm 1), learn, pair_loss, margin. How
+weights are split over ranks (FSDP2) stands before it, the loop over steps after it. The methods: recipes.py.
 
-Left out on purpose: configuration files, trackers (out_dir/metrics.jsonl has one JSON object per step), schedulers
-of jobs. Everything random is a pure function of (seed, step, row), so a run can be split over ranks or resumed
-without a trace. Letters: N pairs, K samples per prompt.
+Left out on purpose: configuration files, trackers (out_dir/metrics.jsonl has one JSON object per step), job
+schedulers. Everything random is a pure function of (seed, step, row), so a run can be split over ranks or
+resumed without a trace. Letters: N pairs, K samples per prompt.
 """
-from support.ranks import STARTED_BY  # noqa: I001 -- first: it looks who started this before torch is imported
+from support.ranks import STARTED_BY  # noqa: I001 -- first: it notes who started this process
 
 import contextlib
 import dataclasses
@@ -63,7 +63,7 @@ def shard(net, dtype, mesh):
 def gathered(*nets):
     """Whole weights on every rank: forwards inside make no collective calls, so ranks may make different
     numbers of them. What was gathered is given back at the end: the next forward gathers updated weights."""
-    wrapped = [net for net in dict.fromkeys(nets) if isinstance(net, FSDPModule)]     # one may be both, or None
+    wrapped = [net for net in dict.fromkeys(nets) if isinstance(net, FSDPModule)]    # a net may be both
     for net in wrapped:
         for module in (*net.blocks, net):
             module.unshard()
@@ -102,7 +102,7 @@ class Networks:
         # Under adapters the base is frozen: it needs no masters.
         self.policy = self.load(s.model, self.dtype if s.lora_rank else self.masters, trained=True)
         self.policy.compute_dtype = self.dtype
-        self.frozen = {s.model: self.policy} if s.lora_rank else {}     # with adapters off it is the reference
+        self.frozen = {s.model: self.policy} if s.lora_rank else {}    # with adapters off: the reference
         self.tokenizer = sample.matching_tokenizer(s.model, self.policy.config)
 
     def say(self, text):
@@ -129,14 +129,13 @@ class Networks:
         return net
 
     def load_frozen(self, folder):
-        """A reference or judge, read in the compute type: at step 0 it computes what the policy computes, bit for
-        bit. It must share the policy's tokenizer."""
+        """A reference or judge, read in the compute type: at step 0 it computes what the policy computes, bit
+        for bit. It must share the policy's tokenizer."""
         if folder not in self.frozen:
             net = self.frozen[folder] = self.load(folder, self.dtype)
-            tokenizer = self.tokenizer if folder == self.settings.model else sample.matching_tokenizer(folder, net.config)
-            if not tokenizer.same_ids(self.tokenizer):
-                raise InputError(f"{folder} and {self.settings.model} have different tokenizers; all models of a run "
-                                 f"must share one.")
+            if not sample.matching_tokenizer(folder, net.config).same_ids(self.tokenizer):
+                raise InputError(f"{folder} and {self.settings.model} have different tokenizers; all models of "
+                                 f"a run must share one.")
         return self.frozen[folder]
 
     def networks(self):
@@ -173,8 +172,8 @@ class Networks:
         return values
 
     def state_tensors(self):
-        """What a checkpoint holds: {name: tensor} of trained weights and optimizer state. The order of data and
-        samples needs no state."""
+        """What a checkpoint holds: {name: tensor} of trained weights and optimizer state. The order of data
+        and samples needs no state."""
         trained = self.trained()
         tensors = dict(trained)
         if (self.settings.iterations or 1) > 1:               # then the reference is no folder's any more
@@ -234,7 +233,11 @@ class Trainer(Networks):
         self.judge_prompt = judge.JudgePrompt(self.tokenizer, s.judge_task, judge_context)
         self.data = data.Dataset(s, self.tokenizer, context, self.instructions, self.say)
         self.judge = self.load_frozen(judge_folder) if judge_folder else None
-        self.reference = self.cached(reference) if s.reference_cache else reference and self.load_frozen(reference)
+        self.reference = None
+        if s.reference_cache:
+            self.attach_cached(reference)
+        elif reference:
+            self.reference = self.load_frozen(reference)
         self.sampler = self.policy if self.recipe.responses == "policy" else self.reference
 
         self.total_rows = s.steps * s.batch_size if s.steps else math.ceil(len(self.data) * s.epochs)
@@ -246,7 +249,8 @@ class Trainer(Networks):
         self.loss = self.sft_loss if self.recipe.loss == "sft" else self.pair_loss
         self.optimizer, self.state = self.make_optimizer(), dict(START)
         self.log, self.started = self.new_log(), time.perf_counter()
-        self.stop_ids, self.allowed = sample.stopping(self.tokenizer, self.data.limits["chat"], self.policy.config)
+        chat = self.data.limits["chat"]
+        self.stop_ids, self.allowed = sample.stopping(self.tokenizer, chat, self.policy.config)
 
     def new_log(self):
         return Log(self.ranks)
@@ -258,7 +262,7 @@ class Trainer(Networks):
             self.say(f"judge instructions: {cut} of {len(rows)} were shortened to the context")
         return [Sequence(ids, start) for ids, start in zip(sequences, starts)]
 
-    # -- one update -------------------------------------------------------------------------------------------
+    # -- one update --------------------------------------------------------------------------------------
 
     def update(self, step):
         """One optimizer step on the global batch; returns its metrics, the same on every rank."""
@@ -272,12 +276,13 @@ class Trainer(Networks):
 
     def batch(self, step):
         """This rank's part of the global batch; its i-th row stands at place step · B + rank + i · ranks."""
-        b = self.settings.batch_size
-        return self.data.positions(step * b, min((step + 1) * b, self.total_rows))[self.ranks.rank::self.ranks.size]
+        start = step * self.settings.batch_size
+        stop = min(start + self.settings.batch_size, self.total_rows)
+        return self.data.positions(start, stop)[self.ranks.rank::self.ranks.size]
 
     def rollout(self, step, prompts):
-        """Paper 2, algorithm 1: fresh pairs, each with the judge's strength of preference. (RAFT and SPIN use a
-        part of it, see `taught`.)"""
+        """Paper 2, algorithm 1: fresh pairs, each with the judge's strength of preference. (RAFT and SPIN
+        take a part of it: fresh_responses.)"""
         first = step * self.settings.batch_size + self.ranks.rank        # the place of the first prompt
         rankings, verdicts = [], []
         with gathered(self.sampler, self.judge):            # whole weights: no collective calls inside
@@ -308,9 +313,9 @@ class Trainer(Networks):
         size = s.micro_batch_size * self.recipe.examples_per_prompt(s.k)
         micros = [examples[i:i + size] for i in range(0, len(examples), size)]
         total, = self.ranks.sum([sum(example.count for example in examples)])
-        rounds = self.ranks.largest(len(micros))        # sharded weights are gathered in each: as many on all ranks
+        rounds = self.ranks.largest(len(micros))        # each gathers sharded weights: as many on all ranks
         for i in range(rounds):
-            if s.replicas > 1:                          # replicas meet once per step: until then each adds up its own
+            if s.replicas > 1:                          # replicas add up their own and meet once per step
                 for net in self.networks().values():
                     net.set_requires_all_reduce(i == rounds - 1)
             summed = loss(micros[i]).sum() if i < len(micros) else self.zero_loss(loss)
@@ -323,7 +328,8 @@ class Trainer(Networks):
         if not (math.isfinite(norm) and math.isfinite(means.get("loss", 0.0))):
             why_not = "the loss or its gradient is not finite"
         elif not total:
-            why_not = "no pair has a winner" if means.get("undecided") else "all samples of a prompt are the same"
+            undecided = means.get("undecided")
+            why_not = "no pair has a winner" if undecided else "all samples of a prompt are the same"
         else:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -350,7 +356,7 @@ class Trainer(Networks):
             strength = torch.tensor(known, device=margin.device, dtype=margin.dtype)
         values = self.recipe.loss_of(s, margin=margin, delta=delta, strength=strength)
         self.log.add_all(losses.pair_metrics(s, values, margin, augmented, delta, strength, policy))
-        if self.recipe.responses == "policy" and torch.is_grad_enabled():       # of samples: an odd K's median is in none
+        if self.recipe.responses == "policy" and torch.is_grad_enabled():     # samples in a pair
             self.log.add("kl", torch.cat(policy) - torch.cat(reference))
         if not self.recipe.online:
             self.log.add("response_length", [len(y) for pair in pairs for y in (pair.chosen, pair.rejected)])
@@ -385,7 +391,7 @@ class Trainer(Networks):
         known = None if self.reference is not None else {"x": (0.0, 0.0), "refined_x": (0.0, 0.0)}
         return Pair([0], [0], [0], [0], 0.5, None, False, known)
 
-    # -- around an update -------------------------------------------------------------------------------------
+    # -- around an update --------------------------------------------------------------------------------
 
     def begin_update(self, step):
         """A fresh log, the step's learning rate and, where SPIN's next iteration begins, its reference."""
@@ -397,7 +403,7 @@ class Trainer(Networks):
             self.reference_from_policy()
 
     def count_skip(self, step, why_not):
-        """A step that had nothing to learn from (None: it had) is counted; after SKIPS in a row there is no hope."""
+        """Count a step whose weights stayed as they were; after SKIPS in a row there is no hope."""
         if why_not is None:
             self.state["consecutive_skips"] = 0
             return
@@ -413,15 +419,15 @@ class Trainer(Networks):
     def metrics(self, step, norm):
         """One line of metrics.jsonl: means over the global batch."""
         tokens, = self.ranks.sum([self.log.tokens])
-        return {"step": step + 1, **self.log.means(), "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"],
-                "skipped": self.state["skipped"],
-                "tokens_per_second": tokens / (time.perf_counter() - self.started)}
+        lr, seconds = self.optimizer.param_groups[0]["lr"], time.perf_counter() - self.started
+        return {"step": step + 1, **self.log.means(), "grad_norm": norm, "lr": lr,
+                "skipped": self.state["skipped"], "tokens_per_second": tokens / seconds}
 
-    # -- fresh responses --------------------------------------------------------------------------------------
+    # -- fresh responses ---------------------------------------------------------------------------------
 
     def sample_prompts(self, net, step, prompts, first):
-        """A gathered network's K responses (rso: its candidates) to each of this rank's prompts, which stand at
-        the places first, first + ranks, …: lists of sample.Sample, a pure function of (seed, step, place)."""
+        """A gathered network's K responses (rso: its candidates) to each of this rank's prompts, which stand
+        at the places first, first + ranks, …: lists of Samples, a pure function of (seed, step, place)."""
         s, limits = self.settings, self.data
         k, places = s.candidates or s.k, [first + i * self.ranks.size for i in range(len(prompts))]
         longest = max((len(query.x) for query in prompts), default=0) + k * limits.max_tokens
@@ -436,7 +442,7 @@ class Trainer(Networks):
         return samples
 
     def ranking_passes(self, prompts, samples):
-        """The judge's passes over all prompts with their samples, see judge.ranking_passes; none without judge."""
+        """The judge's passes over all samples, see judge.ranking_passes; none without a judge."""
         if not self.recipe.has_judge:
             return []
         contexts = [data.context_text(query.row.prompt) for query in prompts]
@@ -444,8 +450,8 @@ class Trainer(Networks):
         return judge.ranking_passes(self.judge, self.judge_prompt, contexts, texts)
 
     def pair(self, step, place, strengths):
-        """[(winner, loser)] of the samples of the prompt at a place of a step; what is drawn (random pairs, rso's
-        acceptance) is a pure function of (seed, step, place)."""
+        """[(winner, loser)] of the samples of the prompt at a place of a step; what is drawn (random pairs,
+        rso's acceptance) is a pure function of (seed, step, place)."""
         s, pairing = self.settings, judge.PAIRINGS[self.recipe.pairs]
         generator = np.random.default_rng([s.seed, 4, step, place])
         if self.recipe.responses != "rso":
@@ -456,8 +462,10 @@ class Trainer(Networks):
     def keep_rollout(self, step, prompts, samples, rankings, verdicts, fresh):
         """Log what was sampled and judged, write it down, and show some of it."""
         log, every = self.log, [one for group in samples for one in group]
-        log.add_all({"response_length": [len(one.ids) for one in every], "finished": [one.finished for one in every],
-                     "empty": [not one.text.strip() for one in every], "prompt_cut": [query.cut for query in prompts]})
+        log.add_all({"response_length": [len(one.ids) for one in every],
+                     "finished": [one.finished for one in every],
+                     "empty": [not one.text.strip() for one in every],
+                     "prompt_cut": [query.cut for query in prompts]})
         if verdicts:
             asked = sum(len(some.p) for some in verdicts)
             log.add("judge_cut", [sum(some.cut for some in verdicts)], count=asked)
@@ -470,17 +478,18 @@ class Trainer(Networks):
 
     @torch.no_grad()
     def labelled(self, rows):
-        """Rows of a data set; for soft labels the judge, which is frozen, is asked once about those without p."""
+        """Rows of a data set; for soft labels the judge, which is frozen, is asked once about each."""
         if self.recipe.labels == "soft":
-            new = list({id(pair): pair for pair in rows if pair.strength is None}.values())    # an epoch's end may
-            with gathered(self.judge), model.without_adapters(self.judge):                     # bring a row twice
-                verdicts = judge.compare(self.judge, self.judge_prompt, [
-                    (data.context_text(pair.row.prompt), pair.row.chosen, pair.row.rejected) for pair in new])
+            # By id: where an epoch ends and the next begins, a row may come twice.
+            new = list({id(pair): pair for pair in rows if pair.strength is None}.values())
+            texts = [(data.context_text(pair.row.prompt), pair.row.chosen, pair.row.rejected) for pair in new]
+            with gathered(self.judge), model.without_adapters(self.judge):
+                verdicts = judge.compare(self.judge, self.judge_prompt, texts)
             for pair, p in zip(new, verdicts.p.tolist()):
                 pair.strength = p
         return rows
 
-    # -- what is known without training -----------------------------------------------------------------------
+    # -- beside the updates ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self):
@@ -496,8 +505,8 @@ class Trainer(Networks):
         return {f"eval_{name}": value for name, value in self.log.means().items()}
 
     @torch.no_grad()
-    def cached(self, folder):
-        """Give all fixed pairs what the reference says of them; returns None: then nobody needs it in memory."""
+    def attach_cached(self, folder):
+        """Give all fixed pairs what the reference says of them: then nobody needs it in memory."""
         pairs = self.data.rows + self.data.held_out
         cache = ReferenceCache(self.settings, self.dtype, pairs, self.recipe.is_refined)
         if self.ranks.sum([cache.values is None])[0]:
@@ -505,11 +514,12 @@ class Trainer(Networks):
             cache.compute(lambda pairs, query: self.reference_logprobs(*pack_pairs(pairs, query)), self.ranks,
                           self.settings.micro_batch_size)
             self.frozen.pop(folder)
+            self.reference = None
         cache.attach()
 
     def run(self):
-        """Train to the end and write final/; returns the last metrics. SIGTERM and SIGINT end it after the step
-        under way: a checkpoint is saved and the process leaves with 128 + the signal."""
+        """Train to the end and write final/; returns the last metrics. SIGTERM and SIGINT end it after the
+        step under way: a checkpoint is saved and the process leaves with 128 + the signal."""
         with lost_rank_named(self.ranks), self.out.locked(), stop_signal() as stop:
             return Loop(self, stop).run()
 
@@ -524,11 +534,12 @@ def learning_rate(settings, step, steps, warmup):
 
 
 def prompts_at_a_time(net, itemsize, tokens):
-    """How many prompts of so many tokens, samples included, are sampled together: the more, the less often the
-    weights are read for one token per row. Their cache may take as much as the weights, or 1 GiB."""
+    """How many prompts of so many tokens, samples included, are sampled together: the more, the less often
+    the weights are read for one token per row. Their cache may take as much as the weights, or 1 GiB."""
     config = net.config
     weights = itemsize * sum(weight.numel() for weight in net.parameters())
-    return max(max(weights, 1 << 30) // (tokens * 2 * config.layers * config.kv_heads * config.head_dim * itemsize), 1)
+    cache = itemsize * tokens * 2 * config.layers * config.kv_heads * config.head_dim
+    return max(max(weights, 1 << 30) // cache, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -538,8 +549,9 @@ def fresh_responses(recipe, prompts, samples, rankings):
     """[(query, chosen, rejected, p)]: which of the samples teach something. RAFT takes each prompt's best one
     alone; in SPIN the data set's response wins over each sample; else it is the judge's pairs."""
     if recipe.pairs == "spin":
-        wins = [sample.Sample(query.chosen, 0.0, query.row.finished[0], query.row.chosen) for query in prompts]
-        return [(query, own, one, 1.0) for query, own, group in zip(prompts, wins, samples) for one in group]
+        own = [sample.Sample(query.chosen, 0.0, query.row.finished[0], query.row.chosen) for query in prompts]
+        return [(query, better, one, 1.0)
+                for query, better, group in zip(prompts, own, samples) for one in group]
     if recipe.pairs == "best":
         best = [max(range(len(strengths)), key=strengths.__getitem__) for strengths, _ in rankings]
         return [(query, group[i], None, None) for query, group, i in zip(prompts, samples, best)]
@@ -548,8 +560,8 @@ def fresh_responses(recipe, prompts, samples, rankings):
 
 
 def worth_learning(recipe, examples, log):
-    """The examples that teach something; for hard labels with the winner that the direct verdict names. Two times
-    the same response, or p = ½ where a winner is needed, teach nothing."""
+    """The examples that teach something; for hard labels with the winner that the direct verdict names. Two
+    times the same response, or p = ½ where a winner is needed, teach nothing."""
     if recipe.pairs == "best":
         return examples
     log.add("identical", [pair.chosen == pair.rejected for pair in examples])
@@ -579,11 +591,11 @@ def row_of(query, chosen, rejected, p):
 # The loop
 
 class Loop:
-    """The steps of a trainer, from where its out_dir was left to final/: evaluation, checkpoints, the way out."""
+    """The steps of a trainer, from where out_dir was left to final/: evaluation, checkpoints, the way out."""
 
     def __init__(self, trainer, stop):
-        self.trainer, self.settings, self.ranks, self.out = trainer, trainer.settings, trainer.ranks, trainer.out
-        self.stop, self.saved_at = stop, time.monotonic()
+        self.trainer, self.settings, self.stop = trainer, trainer.settings, stop
+        self.ranks, self.out, self.saved_at = trainer.ranks, trainer.out, time.monotonic()
 
     def run(self):
         """Train to the end; returns the last metrics."""
@@ -608,7 +620,7 @@ class Loop:
         if t.state["skipped"]:
             t.say(f"{t.state['skipped']} of {t.steps} updates were skipped")
         t.say(f"{self.settings.recipe}: written to {self.out.path / 'final'}")
-        return metrics or last_metrics(self.out.path / "metrics.jsonl")    # killed after its last step: no step left
+        return metrics or last_metrics(self.out.path / "metrics.jsonl")    # killed before: no step was left
 
     def write(self, record):
         self.ranks.on_first(lambda: self.out.append("metrics.jsonl", [rounded(record)]))
@@ -623,7 +635,7 @@ class Loop:
         return measured
 
     def save_or_stop(self, step):
-        """A checkpoint, where one is due by steps, by time, by the end or by a signal; then leave, if asked to."""
+        """Save where it is due: by steps, by time, at the end, on a signal; then leave, if asked to."""
         s, last = self.settings, step == self.trainer.steps
         late = s.save_minutes and time.monotonic() - self.saved_at > 60 * s.save_minutes
         # Ranks hear of a signal at different times, and clocks differ: they save and stop together.
@@ -632,8 +644,8 @@ class Loop:
             self.out.save(self.trainer.state_tensors(), self.trainer.state)
             self.saved_at = time.monotonic()
         if number and not last:
-            self.trainer.say(f"\n{signal.Signals(number).name}: stopped after step {step} of {self.trainer.steps} and "
-                             f"saved; the same command goes on from there.")
+            self.trainer.say(f"\n{signal.Signals(number).name}: stopped after step {step} of "
+                             f"{self.trainer.steps} and saved; the same command goes on from there.")
             sys.exit(128 + number)
 
 
@@ -643,17 +655,17 @@ def opening(trainer):
     weights = list(t.policy.parameters())
     count = sum(weight.numel() for weight in weights)
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-    return (f"{s.recipe}: {count:,} parameters" + (f", {trained:,} of them trained" if trained < count else "") +
-            f", {len(t.data):,} rows, {t.steps} steps of {s.batch_size}, "
-            f"{str(t.dtype).removeprefix('torch.')} on {t.ranks.size} × {t.ranks.device}")
+    part = f", {trained:,} of them trained" if trained < count else ""
+    return (f"{s.recipe}: {count:,} parameters{part}, {len(t.data):,} rows, "
+            f"{t.steps} steps of {s.batch_size}, {str(t.dtype).removeprefix('torch.')} on {t.ranks.size} × {t.ranks.device}")
 
 
 def resolved(trainer):
     """The settings with every default filled in, as config.json records them."""
     t, s, d = trainer, trainer.settings, trainer.data
     return dataclasses.asdict(s) | dict(
-        steps=t.steps, warmup_steps=t.warmup, dtype=str(t.dtype).removeprefix("torch."), chat=d.limits["chat"],
-        max_length=d.max_length, max_prompt_length=d.limits["max_prompt_length"], max_tokens=d.max_tokens,
+        steps=t.steps, warmup_steps=t.warmup, dtype=str(t.dtype).removeprefix("torch."),
+        max_tokens=d.max_tokens, **{name: d.limits[name] for name in ("chat", "max_length", "max_prompt_length")},
         reference=s.reference or s.model, judge=s.judge or s.model)
 
 
@@ -671,7 +683,7 @@ def main(settings, trainer=Trainer, world=None):
     if "TORCHELASTIC_RUN_ID" in os.environ:
         leave_with(STARTED_BY)
         if settings.resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-            settings.resume = settings.given["resume"] = "auto"    # --max-restarts: what the first try made is good
+            settings.resume = settings.given["resume"] = "auto"    # what the first try made is good
     if settings.model is not None:
         return trainer(settings).run()
     for name in ("data", "prompts", "eval_data", "reference", "judge", "reward"):
@@ -681,7 +693,7 @@ def main(settings, trainer=Trainer, world=None):
 
 
 def start():
-    """torchrun train.py: the embedded world is looked for only here, so that this module stands on no other."""
+    """torchrun train.py. The embedded world is imported only here: this module stands on none above it."""
     from experiments import toy
     trainers = {name: (Settings, Trainer) for name in RECIPES}
     launch(lambda settings: main(settings, world=lambda settings: toy.main(settings, trainers)), Settings)
