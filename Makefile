@@ -1,43 +1,49 @@
-# make run     install what is needed into .venv and run the default job: the whole path on the embedded world
-# make test    install the development extra too and run the tests
-# make slow    the tests that take minutes
-# make reproduce   the claims of the papers on the embedded world, a tenth of the steps
-# make bench   Osprey beside TRL and transformers, in an environment of its own
-# ARGS="--seed=1 --out_dir=out/seed1" is passed on.
-
+# ARGS="--seed=1 --out_dir=out/seed1" is passed on to what is started.
 PYTHON ?= python3
 ARGS ?=
+BIN = .venv/bin
 
-.PHONY: run test slow reproduce bench
-run: .venv/run
-	.venv/bin/torchrun train.py $(ARGS)
+.PHONY: help run fast test slow lint house reproduce bench
 
-test: .venv/test
-	.venv/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+help:             ## these lines
+	@sed -n 's/^\([a-z]*\):.*## /make \1#/p' $(MAKEFILE_LIST) | column -t -s '#'
 
-slow: .venv/test
-	.venv/bin/python -m pytest -m slow $(ARGS)
+run: .venv/run    ## the default job, a few minutes: pretraining to OSP on the embedded world
+	$(BIN)/torchrun train.py $(ARGS)
 
-.venv/run: pyproject.toml
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --editable .
+fast: .venv/dev   ## the core's tests that start no processes: within a minute
+	$(BIN)/python -m pytest tests/core -m "not slow and not processes" -n auto --dist loadfile $(ARGS)
+
+test: .venv/dev   ## all tests but the slow ones
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+slow: .venv/dev   ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: .venv/dev   ## ruff, and mypy on the core
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+house:            ## the structure in figures: lines by room, the largest function, who imports whom
+	@$(PYTHON) tests/house.py $(ARGS)
+
+reproduce: .venv/dev      ## the papers' claims on a tenth of the steps: does all of it run?
+	$(BIN)/python -m experiments.reproduce --quick $(ARGS)
+
+bench: .venv-bench/ready  ## beside TRL and transformers, in an environment of its own
+	.venv-bench/bin/python -m experiments.bench $(ARGS)
+
+# What is installed is what Osprey needs, never Osprey itself: it runs from this folder.
+.venv/run: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt .
 	touch $@
 
-.venv/test: .venv/run
-	.venv/bin/python -m pip install --quiet --editable ".[dev]"
+.venv/dev: .venv/run
+	$(BIN)/python -m pip install --quiet -c constraints.txt ".[dev]"
 	touch $@
 
-reproduce: .venv/plot
-	.venv/bin/python reproduce.py --quick $(ARGS)
-
-.venv/plot: .venv/run
-	.venv/bin/python -m pip install --quiet --editable ".[plot]"
-	touch $@
-
-bench: .venv-bench/ready
-	.venv-bench/bin/python bench.py $(ARGS)
-
-.venv-bench/ready: pyproject.toml
+.venv-bench/ready: pyproject.toml constraints.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --editable ".[bench]"
+	.venv-bench/bin/python -m pip install --quiet -c constraints.txt ".[bench]"
 	touch $@

@@ -133,9 +133,9 @@ class Networks:
         for bit. It must share the policy's tokenizer."""
         if folder not in self.frozen:
             net = self.frozen[folder] = self.load(folder, self.dtype)
-            if not sample.matching_tokenizer(folder, net.config).same_ids(self.tokenizer):
-                raise InputError(f"{folder} and {self.settings.model} have different tokenizers; all models of "
-                                 f"a run must share one.")
+            ours = self.settings.model
+            if folder != ours and not sample.matching_tokenizer(folder, net.config).same_ids(self.tokenizer):
+                raise InputError(f"{folder} and {ours} have different tokenizers; a run's models share one.")
         return self.frozen[folder]
 
     def networks(self):
@@ -657,7 +657,7 @@ def opening(trainer):
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     part = f", {trained:,} of them trained" if trained < count else ""
     return (f"{s.recipe}: {count:,} parameters{part}, {len(t.data):,} rows, "
-            f"{t.steps} steps of {s.batch_size}, {str(t.dtype).removeprefix('torch.')} on {t.ranks.size} × {t.ranks.device}")
+            f"{t.steps} steps of {s.batch_size}, {str(t.dtype)[6:]} on {t.ranks.size} × {t.ranks.device}")
 
 
 def resolved(trainer):
@@ -665,7 +665,8 @@ def resolved(trainer):
     t, s, d = trainer, trainer.settings, trainer.data
     return dataclasses.asdict(s) | dict(
         steps=t.steps, warmup_steps=t.warmup, dtype=str(t.dtype).removeprefix("torch."),
-        max_tokens=d.max_tokens, **{name: d.limits[name] for name in ("chat", "max_length", "max_prompt_length")},
+        chat=d.limits["chat"], max_length=d.max_length, max_tokens=d.max_tokens,
+        max_prompt_length=d.limits["max_prompt_length"],
         reference=s.reference or s.model, judge=s.judge or s.model)
 
 

@@ -657,9 +657,9 @@ def row_k(s, folder):
           "(seconds; in brackets: over K = 1)")
     for k in (1, 3, 7, 15):
         responses = [texts[i * k:(i + 1) * k] for i in range(len(prompts))]
-        lines.append({
-            "K": k, "sampling": timed(lambda: sampled(net, prompts, k, s.max_tokens), s.rounds),
-            "judging": timed(lambda: judge.label(net, judge_prompt, contexts, responses), s.rounds)})
+        sampling = functools.partial(sampled, net, prompts, k, s.max_tokens)
+        judging = functools.partial(judge.label, net, judge_prompt, contexts, responses)
+        lines.append({"K": k, "sampling": timed(sampling, s.rounds), "judging": timed(judging, s.rounds)})
         print(f"K = {k:<40}", *(f"{lines[-1][key]:8.2f} ({lines[-1][key] / lines[0][key]:.2f})"
                                 for key in ("sampling", "judging")), flush=True)
     return lines
@@ -692,7 +692,7 @@ def row_size(s, folder):
         path = folder / f"rows-{n}.jsonl"
         path.write_text("".join((source * (n // len(source) + 1))[:n]), encoding="utf-8")
 
-        def read():
+        def read(path=path):
             pairs, _ = rows.read_rows(path, "pairs")
             data.encode_dataset(tokenizer, pairs, "hh", s.max_length, s.max_length // 2)
         lines.append({"rows": n, "seconds": timed(read, 1)})

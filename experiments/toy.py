@@ -287,7 +287,7 @@ def merge_pairs(words, number):
     while len(merges) < number:
         counts = {}
         for word, pieces in parts.items():
-            for pair in zip(pieces, pieces[1:]):
+            for pair in itertools.pairwise(pieces):
                 counts[pair] = counts.get(pair, 0) + words[word]
         if not counts:
             break

@@ -1,10 +1,13 @@
-"""Tiny models, tokenizers and data that the tests share: all of it is made here from seeds, in well under a second.
+"""Tiny models, tokenizers, data and trainings that the tests share, made from seeds in well under a second.
 
-    folder(tmp_path)                     a model folder of random weights that this project and transformers load
-    net("neox")                          the same network alone, in float64
-    write_jsonl(path, pairs(40))         a preference file
-    command(sample, …, "--model=DIR")    a command line, without a process of its own
-    launch(["--recipe=dpo", …], ranks=2) a training in processes of its own
+    folder(tmp_path)                       a model folder of random weights that transformers loads too
+    net("neox")                            the same network alone, in float64
+    write_jsonl(path, pairs(40))           a preference file
+    run(world, out, recipe="dpo")          a short training on world/model and world/pairs.jsonl: its metrics
+    trainer(world, out, recipe="dpo")      its Trainer, before the first step
+    assert_same_run(one, two, tolerance)   metrics, weights and checkpoints of two out_dirs
+    command(sample, …, "--model=DIR")      a command line, without a process of its own
+    launch(["--recipe=dpo", …], ranks=2)   a training in processes of its own
 """
 import contextlib
 import functools
@@ -15,30 +18,35 @@ import random
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import tokenizers
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from support import cli
 import data
 import judge
 import model
-from experiments import toy
 import train
+from experiments import toy
+from support import cli, disk
 
 ROOT = Path(__file__).parent.parent
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512)
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=512)
 FAMILIES = {       # biases, grouped heads and partial rotary positions: whatever can be mixed up is there
     "llama": dict(SIZES, model_type="llama", num_key_value_heads=2, rms_norm_eps=1e-5),
-    "mistral": dict(SIZES, model_type="mistral", num_key_value_heads=2, rms_norm_eps=1e-5, sliding_window=16),
+    "mistral": dict(SIZES, model_type="mistral", num_key_value_heads=2, rms_norm_eps=1e-5,
+                    sliding_window=16),
     "neox": dict(SIZES, model_type="gpt_neox", rotary_pct=0.5, layer_norm_eps=1e-5),
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text
 
 THINGS = "river tree cloud stone bird lamp bread garden train winter".split()
@@ -51,11 +59,13 @@ def sentence(rng):
 
 
 def pairs(n, seed=0):
-    """n rows {"prompt", "chosen", "rejected"}: HH dialogues of one or two questions, answers of one to four sentences."""
+    """n rows {"prompt", "chosen", "rejected"}: HH dialogues of one or two questions, answers of one to four
+    sentences."""
     rng, rows = random.Random(seed), []
     while len(rows) < n:
-        turns = [f"\n\nHuman: What does the {rng.choice(THINGS)} do?\n\nAssistant: {sentence(rng)}"] * rng.randint(0, 1)
-        prompt = "".join(turns) + f"\n\nHuman: Tell me about the {rng.choice(TRAITS)} {rng.choice(THINGS)}.\n\nAssistant:"
+        before = f"\n\nHuman: What does the {rng.choice(THINGS)} do?\n\nAssistant: {sentence(rng)}"
+        prompt = (before * rng.randint(0, 1)
+                  + f"\n\nHuman: Tell me about the {rng.choice(TRAITS)} {rng.choice(THINGS)}.\n\nAssistant:")
         chosen, rejected = ("".join(" " + sentence(rng) for _ in range(rng.randint(1, 4))) for _ in range(2))
         if chosen != rejected:
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
@@ -69,12 +79,12 @@ def write_jsonl(path, rows):
 
 
 def corpus():
-    """What the tokenizers learn their merges from: such rows, the judge's instruction and p, so that all stay short."""
+    """What the tokenizers learn from: such rows, the judge's instruction and p, so that all stay short."""
     yield from (row[key] for row in pairs(60, seed=-1) for key in row)
     yield from [judge.TEMPLATES["helpful"], data.REFINEMENT_PROMPT] * 20
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Folders
 
 @functools.cache
@@ -82,24 +92,27 @@ def sentencepiece_model(vocab_size):
     """The bytes of a tokenizer.model like Llama 2's: BPE with byte fallback, spaces kept as they are."""
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=corpus(), model_writer=trained, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2)
+        sentence_iterator=corpus(), model_writer=trained, model_type="bpe", vocab_size=vocab_size,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        split_digits=True, minloglevel=2)
     return trained.getvalue()
 
 
 @functools.cache
 def sentencepiece_json(vocab_size):
-    """The same tokenizer as a tokenizer.json, for transformers alone: without protobuf it cannot read the other file."""
+    """The same tokenizer as a tokenizer.json: without protobuf transformers cannot read the other file."""
     source = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(vocab_size))
     vocab = {source.id_to_piece(id): id for id in range(source.vocab_size())}
     merges = [(piece[:i], piece[i:]) for piece in vocab for i in range(1, len(piece))
               if piece[:i] in vocab and piece[i:] in vocab and not piece.startswith("<")]
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True,
+                                                byte_fallback=True))
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                           decoders.Strip(" ", 1, 0)])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                           decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
     return tokenizer.to_str()
 
 
@@ -120,17 +133,19 @@ def write_tokenizer(path, family="llama", vocab_size=420):
     path.mkdir(parents=True, exist_ok=True)
     if family == "neox":
         (path / "tokenizer.json").write_text(byte_level_json(vocab_size), encoding="utf-8")
-        config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+        config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|endoftext|>",
+                      eos_token="<|endoftext|>")
     else:
         (path / "tokenizer.model").write_bytes(sentencepiece_model(vocab_size))
         (path / "tokenizer.json").write_text(sentencepiece_json(vocab_size), encoding="utf-8")
-        config = dict(tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", unk_token="<unk>", legacy=False)
+        config = dict(tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                      legacy=False)
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
 
 
 def net(family="llama", seed=0, dtype=torch.float64, scale=1.0, vocab_size=64, **changes):
-    """A network with every parameter random (norms and biases too); scale 1 makes attention and predictions sharp."""
+    """A network with every parameter random, norms and biases too; scale 1 makes predictions sharp."""
     config = dict(FAMILIES[family], vocab_size=vocab_size, **changes)
     network = model.Transformer(model.parse_config(config)).to(dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -145,52 +160,98 @@ def net(family="llama", seed=0, dtype=torch.float64, scale=1.0, vocab_size=64, *
 
 
 def folder(path, family="llama", seed=0, scale=0.3, vocab_size=420, **changes):
-    """A model folder in `path` -> path: random weights in float32, a tokenizer, config.json; changes: fields of config.json.
+    """A model folder in `path` -> path: random weights in float32, a tokenizer, config.json with `changes`.
 
     The GPT-NeoX one has four rows more than its tokenizer has ids, as Pythia has.
     """
     ends = dict(bos_token_id=0, eos_token_id=0) if family == "neox" else dict(bos_token_id=1, eos_token_id=2)
-    network = net(family, seed, torch.float32, scale, vocab_size + 4 * (family == "neox"), **{**ends, **changes})
+    rows = vocab_size + 4 * (family == "neox")
+    network = net(family, seed, torch.float32, scale, rows, **{**ends, **changes})
     model.save(network, path)
     return write_tokenizer(path, family, vocab_size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command lines
+# ------------------------------------------------------------------------------------------------------------
+# Trainings
 
-def command(script, capsys, monkeypatch, *arguments):
-    """(exit code, stdout, stderr) of `python script.py arguments`, run in this process; script is the module."""
-    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-    code = 0
-    try:
-        cli.run(script.main, script.Settings)
-    except SystemExit as leaving:
-        code = leaving.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+def settings(world, out, **changes):
+    """Settings, as plain values, of a short float64 run whose steps are large enough to see. The folder
+    `world` has a model folder `model` and a file pairs.jsonl."""
+    return {"model": str(world / "model"), "data": [str(world / "pairs.jsonl")], "out_dir": str(out),
+            "steps": 3, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0, "max_length": 96, "max_tokens": 12,
+            "k": 4, "dtype": "float64", "device": "cpu", **changes}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes
-
-def launch(arguments, ranks=1, script="train.py", options=(), **environment):
-    """A real training process, in a session of its own; `ranks` > 1 through torchrun, with its options."""
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
-    return subprocess.Popen([*start, str(ROOT / script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, start_new_session=True)
+def typed(given):
+    """The same as a command line has them."""
+    return [f"--{name}={cli.typed(value)}" for name, value in given.items()]
 
 
-def until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
+def trainer(world, out, **changes):
+    """The Trainer of such a run, with an out_dir that its rollouts may be written to."""
+    made = train.Trainer(train.Settings(**settings(world, out, **changes)))
+    made.out.path.mkdir(parents=True, exist_ok=True)
+    return made
 
 
-def lines(path):
-    return len(path.read_text().splitlines()) if path.exists() else 0
+def run(world, out, **changes):
+    """Such a run from end to end; its metrics."""
+    train.Trainer(train.Settings(**settings(world, out, **changes))).run()
+    return metrics(out)
+
+
+def timeless(rows):
+    """Metrics without times, which differ from run to run."""
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+
+
+def metrics(out):
+    """[{name: figure}] of an out_dir, one per step, its evaluation included; without times."""
+    return timeless(disk.read_metrics(Path(out) / "metrics.jsonl"))
+
+
+def rollouts(out):
+    """The rows that one rank has sampled."""
+    return [json.loads(line) for line in (Path(out) / "rollouts.jsonl").read_text().splitlines()]
+
+
+def final(out):
+    """{name: tensor} of final/."""
+    return load_file(Path(out) / "final" / "model.safetensors")
+
+
+def last_checkpoint(out):
+    """(step, {name: whole tensor}) of the newest checkpoint, on whatever ranks it was written."""
+    folder = max(Path(out).glob("checkpoint/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    tensors = {name: torch.full(entry.size, torch.nan, dtype=entry.properties.dtype)
+               for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    with warnings.catch_warnings():               # one process needs no process group, which dcp warns about
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return int(folder.name.removeprefix("step-")), tensors
+
+
+def assert_close(one, two, tolerance):
+    """{name: tensor or figure} of two runs; tolerance 0: the same bits."""
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor):
+            assert value.shape == two[name].shape and value.dtype == two[name].dtype, name
+            assert (value.double() - two[name].double()).abs().max() <= tolerance, name
+        else:
+            assert value == pytest.approx(two[name], rel=tolerance, abs=tolerance), name
+
+
+def assert_same_run(one, two, tolerance, digits=None):
+    """The metrics of two runs, within `digits` where that is told; final weights; the last checkpoints."""
+    rows = metrics(one)
+    for a, b in zip(rows, metrics(two), strict=True):
+        assert_close(a, b, tolerance if digits is None else digits)
+    assert_close(final(one), final(two), tolerance)
+    (step, a), (other, b) = last_checkpoint(one), last_checkpoint(two)
+    assert step == other == rows[-1]["step"] > 1 and any(name.startswith("optimizer.") for name in a)
+    assert_close(a, b, tolerance)
 
 
 @contextlib.contextmanager
@@ -207,10 +268,51 @@ def stopped_before(step, monkeypatch):
         yield
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Command lines
+
+def command(script, capsys, monkeypatch, *arguments):
+    """(exit code, stdout, stderr) of a command line, run in this process; script is the module."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+    code = 0
+    try:
+        cli.run(script.main, script.Settings)
+    except SystemExit as leaving:
+        code = leaving.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes
+
+def launch(arguments, ranks=1, script="train.py", options=(), **environment):
+    """A real training process, in a session of its own; `ranks` > 1 through torchrun, with its options."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
+    return subprocess.Popen(
+        [*start, str(ROOT / script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, start_new_session=True)
+
+
+def until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def lines(path):
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
 def small_world(monkeypatch, steps):
     """The embedded world with few rows, a small model and so many steps a stage."""
-    monkeypatch.setattr(toy, "ROWS", dict(texts=64, sft=64, pairs=64, blanks=16, held_out=24, advice=4, eval=16))
-    monkeypatch.setattr(toy, "SHAPE", toy.SHAPE | dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1))
+    monkeypatch.setattr(toy, "ROWS", dict(texts=64, sft=64, pairs=64, blanks=16, held_out=24, advice=4,
+                                          eval=16))
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    monkeypatch.setattr(toy, "SHAPE", toy.SHAPE | small)
     for stage in toy.STAGES.values():
         monkeypatch.setitem(stage, "steps", steps)
         monkeypatch.setitem(stage, "batch_size", 8)

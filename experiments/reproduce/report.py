@@ -117,9 +117,8 @@ def claims_section(measured, settings):
     holds, fails, undecided = map(list(verdicts.values()).count, ("holds", "does not hold", "cannot tell"))
     says = CLAIMED.format(draws=DRAWS, claims=len(rows), holds=holds, fails=fails, undecided=undecided,
                            parts=len(parts), held=parts.count("holds"))
-    header = ["", "the paper's claim", "its figures", "here: mean ± deviation over the seeds "
-              "[95 % interval] · what would matter · verdict", "verdict"]
-    return section("Claims", says, header, rows) + f"\n{NOTES.format('')}\n"
+    here = "here: mean ± deviation over the seeds [95 % interval] · what would matter · verdict"
+    return section("Claims", says, ["", "the paper's claim", "its figures", here, "verdict"], rows)
 
 
 def section(title, says, header, rows):
@@ -134,7 +133,7 @@ def report(measured, settings, drawn):
     best = over_seeds([100 * (m["sft"]["gap"] > 0).mean() for m in measured], "{:.1f}")
     judged = all(run + tail(fraction) in measured[0] for run in ("judge", "reward") for fraction in FRACTIONS)
     return "\n".join(filter(None, [
-        heading(measured, settings), claims_section(measured, settings),
+        heading(measured, settings), claims_section(measured, settings), NOTES.format("") + "\n",
         section("Systems", SYSTEMS.format(scale=scale), [
             "run", "true reward", "wins, %", "second domain", "tokens", "KL to its start"],
             system_rows(measured)),

@@ -15,7 +15,8 @@ def over_seeds(values, form="{:.3f}"):
 
 
 def table(header, rows):
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+    head, *body = (f"| {' | '.join(line)} |" for line in (header, *rows))
+    return "\n".join([head, "|" + "---|" * len(header), *body])
 
 
 def rows_of(measured, names, columns):
@@ -122,7 +123,7 @@ def reward_rows(measured):
         for domain, says in zip(DOMAINS, ("trained on", "second domain")):
             (_, *cells), = rows_of(measured, [name], [
                 (f"{domain}_sft_learned", 2), (f"{domain}_learned", 2),
-                (lambda m, _: m["sft"][f"{domain}_reward"].mean(), 2), (f"{domain}_reward", 2)])
+                (lambda m, _, key=f"{domain}_reward": m["sft"][key].mean(), 2), (f"{domain}_reward", 2)])
             rows.append([f"`{name}`", says, *cells])
     return rows
 

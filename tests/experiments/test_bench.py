@@ -42,7 +42,7 @@ class FirstWord:
 
 def test_made_up_work(work):
     """32,000 ids, text that comes back whole, and HH-RLHF's lengths: a median prompt of 110 tokens or so."""
-    settings, folder = work
+    _, folder = work
     tokenizer = load_tokenizer(folder / "model")
     assert tokenizer.vocab_size == 32000
     rows, _ = read_rows(folder / "pairs.jsonl", "pairs")
