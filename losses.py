@@ -9,7 +9,7 @@ from
     margin  h = [log π(y⁺|x) - log π_ref(y⁺|x)] - [log π(y⁻|x) - log π_ref(y⁻|x)]        without β
 
 and h_p, the same with the query x after the refinement prompt p. The caller takes the mean over a batch:
-only it knows the global batch.
+only it knows the global batch. How log-probabilities are computed comes last.
 
 Letters: N pairs, M supervised tokens, S sequences, D width, V vocabulary.
 """
@@ -17,61 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-HEAD_CHUNK = 512       # supervised tokens whose (tokens, V) logits stand in memory at a time
-
-
 # -----------------------------------------------------------------------------------------------------------
-# Log-probabilities
-
-def chunk_logprobs(head, hidden, tokens):
-    """log softmax(head(hidden))[token]: hidden (M, D), tokens (M,) -> (M,), in float32 at least."""
-    logits = head(hidden)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def token_logprobs(head, hidden, tokens):
-    """The same for any M in bounded memory: logits exist a chunk at a time, made again for the gradient.
-
-    Those of the last chunk are kept: its gradient comes first, so they never stand beside another chunk's.
-    """
-    pieces = list(zip(hidden.split(HEAD_CHUNK), tokens.split(HEAD_CHUNK)))
-    if not torch.is_grad_enabled():
-        return torch.cat([chunk_logprobs(head, h, t) for h, t in pieces])
-    values = [checkpoint(chunk_logprobs, head, h, t, use_reentrant=False) for h, t in pieces[:-1]]
-    return torch.cat([*values, chunk_logprobs(head, *pieces[-1])])
-
-
-def logprobs_by_token(net, forest, starts):
-    """log π(token | what stands before it) of supervised tokens, one sequence after the other: (M,).
-
-    forest: forest.pack of S sequences; starts: S integers >= 1, the lengths of the prompts. A token that
-    several sequences share is computed once; the head runs on supervised positions only.
-    """
-    device = net.embed.weight.device
-    supervised = [path[start:] for path, start in zip(forest.paths, starts)]
-    nodes, which = torch.unique(torch.cat(supervised), return_inverse=True)
-    hidden = net.hidden(forest)
-    before = hidden[forest.parent[nodes].to(device)]
-    values = token_logprobs(net.head, before, forest.tokens[nodes].to(device))
-    return values[which.to(device)]
-
-
-def logprobs(net, forest, starts):
-    """Their sums over each sequence's supervised tokens, those from `starts` on: (S,)."""
-    values = logprobs_by_token(net, forest, starts)
-    lengths = torch.tensor([len(path) - start for path, start in zip(forest.paths, starts)])
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    return values.new_zeros(len(lengths)).index_add(0, owner.to(values.device), values)
-
+# Losses
 
 def margins(policy, reference):
     """h (N,) from the log-probabilities (chosen, rejected), each (N,), of the policy and of the reference."""
     return (policy[0] - reference[0]) - (policy[1] - reference[1])
 
-
-# -----------------------------------------------------------------------------------------------------------
-# Losses
 
 def sft(logprob):
     """Negative log-likelihood (N,) of a response, summed over tokens; the caller divides by a batch's tokens.
@@ -164,8 +116,9 @@ def refined_margin(margin, delta, beta, lam, delta_scale="logistic"):
 
 
 def pair_metrics(settings, loss, margin, augmented, delta, strength, policy):
-    """{name in metrics.jsonl: (N,)} of N pairs; augmented and delta, strength: None where the loss takes none.
+    """{name in metrics.jsonl: (N,)} of N pairs.
 
+    augmented: h_p, with its delta; strength: p. Each is None where the loss takes none.
     policy: (log π(y⁺|x), log π(y⁻|x)); settings: beta, lam, delta_scale and recipe of the run.
     """
     s = settings
@@ -178,3 +131,51 @@ def pair_metrics(settings, loss, margin, augmented, delta, strength, policy):
     if strength is not None:
         found |= {"p": strength, "p_hat": strength_hat(margin, s.beta)}
     return found
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Log-probabilities
+
+HEAD_CHUNK = 512       # supervised tokens whose (tokens, V) logits stand in memory at a time
+
+
+def chunk_logprobs(head, hidden, tokens):
+    """log softmax(head(hidden))[token]: hidden (M, D), tokens (M,) -> (M,), in float32 at least."""
+    logits = head(hidden)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def token_logprobs(head, hidden, tokens):
+    """The same for any M in bounded memory: logits exist one chunk at a time, made again for the gradient.
+
+    Those of the last chunk are kept: its gradient comes first, so they never stand beside another chunk's.
+    """
+    pieces = list(zip(hidden.split(HEAD_CHUNK), tokens.split(HEAD_CHUNK)))
+    if not torch.is_grad_enabled():
+        return torch.cat([chunk_logprobs(head, h, t) for h, t in pieces])
+    values = [checkpoint(chunk_logprobs, head, h, t, use_reentrant=False) for h, t in pieces[:-1]]
+    return torch.cat([*values, chunk_logprobs(head, *pieces[-1])])
+
+
+def logprobs_by_token(net, forest, starts):
+    """log π(token | what stands before it) of supervised tokens, one sequence after the other: (M,).
+
+    forest: forest.pack of S sequences; starts: S integers >= 1, the lengths of the prompts. A token that
+    several sequences share is computed once; the head runs on supervised positions only.
+    """
+    device = net.embed.weight.device
+    supervised = [path[start:] for path, start in zip(forest.paths, starts)]
+    nodes, which = torch.unique(torch.cat(supervised), return_inverse=True)
+    hidden = net.hidden(forest)
+    before = hidden[forest.parent[nodes].to(device)]
+    values = token_logprobs(net.head, before, forest.tokens[nodes].to(device))
+    return values[which.to(device)]
+
+
+def logprobs(net, forest, starts):
+    """log π(y|x) (S,): the sums of these over each sequence's supervised tokens, those from `starts` on."""
+    values = logprobs_by_token(net, forest, starts)
+    lengths = torch.tensor([len(path) - start for path, start in zip(forest.paths, starts)])
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return values.new_zeros(len(lengths)).index_add(0, owner.to(values.device), values)

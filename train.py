@@ -294,7 +294,7 @@ class Trainer(Networks):
                     # 2. Rank them by p(y ≻ ∅ | x).
                     strengths = asked.rank()
                     # 3. Pair best with worst, second best with second worst, …
-                    pairs = [self.pair(step, first + i * self.ranks.size, some)
+                    pairs = [paired(self.settings, step, first + i * self.ranks.size, some)
                              for i, some in zip(asked.prompts, strengths)]
                     # 4. Ask about each pair directly, in both orders.
                     rankings += zip(strengths, asked.ask(pairs))
@@ -449,16 +449,6 @@ class Trainer(Networks):
         texts = [[one.text for one in group] for group in samples]
         return judge.ranking_passes(self.judge, self.judge_prompt, contexts, texts)
 
-    def pair(self, step, place, strengths):
-        """[(winner, loser)] of the samples of the prompt at a place of a step; what is drawn (random pairs,
-        rso's acceptance) is a pure function of (seed, step, place)."""
-        s, pairing = self.settings, judge.PAIRINGS[self.recipe.pairs]
-        generator = np.random.default_rng([s.seed, 4, step, place])
-        if self.recipe.responses != "rso":
-            return pairing(strengths, generator)
-        accepted = judge.rejection_sample(strengths, s.k, s.rso_beta, generator)
-        return [(accepted[i], accepted[j]) for i, j in pairing([strengths[i] for i in accepted], generator)]
-
     def keep_rollout(self, step, prompts, samples, rankings, verdicts, fresh):
         """Log what was sampled and judged, write it down, and show some of it."""
         log, every = self.log, [one for group in samples for one in group]
@@ -544,6 +534,17 @@ def prompts_at_a_time(net, itemsize, tokens):
 
 # ------------------------------------------------------------------------------------------------------------
 # Fresh responses as examples, as rows of a file, as text
+
+def paired(settings, step, place, strengths):
+    """[(winner, loser)] of the samples of the prompt at a place of a step; what is drawn (random pairs, rso's
+    acceptance) is a pure function of (seed, step, place)."""
+    recipe, generator = settings.recipes[settings.recipe], np.random.default_rng([settings.seed, 4, step, place])
+    pairing = judge.PAIRINGS[recipe.pairs]
+    if recipe.responses != "rso":
+        return pairing(strengths, generator)
+    accepted = judge.rejection_sample(strengths, settings.k, settings.rso_beta, generator)
+    return [(accepted[i], accepted[j]) for i, j in pairing([strengths[i] for i in accepted], generator)]
+
 
 def fresh_responses(recipe, prompts, samples, rankings):
     """[(query, chosen, rejected, p)]: which of the samples teach something. RAFT takes each prompt's best one
