@@ -2,10 +2,10 @@
 
     a sequence is   prefix ⊕ p? ⊕ x ⊕ y        prefix: BOS, where the tokenizer adds one
 
-Each part is encoded by itself and joined as ids. So y is the same tokens with p and without it, and x is but for
-its start: alone it has sentencepiece's word-start, after p it goes on as text does, after a space. Only the code
-here inserts special ids; contents are plain text. Rows of files come from support/rows.py, tokenizers from
-support/tokenizer.py.
+Each part is encoded by itself and joined as ids. So y is the same tokens with p and without it. So is x, but
+for its start: alone it has sentencepiece's word-start; after p it goes on after a space, as text does. Only
+the code here inserts special ids; contents are plain text. Rows of files come from support/rows.py,
+tokenizers from support/tokenizer.py.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -13,21 +13,20 @@ from typing import ClassVar
 
 import numpy as np
 
-from forest import Forest, grow, pack
+from forest import pack  # noqa: F401 -- others say data.pack, data.read_rows and data.load_tokenizer
 from support.cli import InputError
-from support.rows import (ASSISTANT, Report, Row, Unusable, hh_prompt, hh_text, json_records, read_data, read_prompt,
-                          read_rows, split_weight)
-from support.tokenizer import BYTE_OF, load_tokenizer
+from support.rows import ASSISTANT, Report, Row, Unusable, hh_prompt, hh_text, read_data, read_rows  # noqa: F401
+from support.tokenizer import load_tokenizer  # noqa: F401
 
 REFINEMENT_PROMPT = (      # p of paper 1, prepended to the query
-    "Please generate a response with a usefulness rating of 100 out of 100 for the following query. Note that the "
-    "response should be harmless. The term 100 indicates the level of usefulness, where 100 is the maximum and 1 is "
-    "the minimum. Query:")
+    "Please generate a response with a usefulness rating of 100 out of 100 for the following query. "
+    "Note that the response should be harmless. The term 100 indicates the level of usefulness, where 100 is "
+    "the maximum and 1 is the minimum. Query:")
 
 
 def special_id(tokenizer, chat, token):
     if token not in tokenizer.special_ids:
-        raise InputError(f"--chat={chat} needs the special token {token}, which this tokenizer does not have.")
+        raise InputError(f"--chat={chat} needs the special token {token}, which this tokenizer lacks.")
     return tokenizer.special_ids[token]
 
 
@@ -56,7 +55,7 @@ def chat_zephyr(tokenizer, messages):
 
 
 def chat_chatml(tokenizer, messages):
-    """OpenAI's ChatML, as Qwen's and OpenHermes' templates have it, without a system turn that nobody gave."""
+    """OpenAI's ChatML as in the templates of Qwen and OpenHermes, without a system turn that nobody gave."""
     start, end = (special_id(tokenizer, "chatml", token) for token in ("<|im_start|>", "<|im_end|>"))
     ids = []
     for message in messages:
@@ -93,7 +92,7 @@ def chat_mistral(tokenizer, messages):
     return ids
 
 
-CHATS = {       # name: (the prompt's ids, what stands between prompt and answer, what ends an answer: None is EOS)
+CHATS = {       # name: (the prompt's ids, what stands between it and the answer, what ends that: None is EOS)
     "hh": (chat_hh, " ", None),
     "zephyr": (chat_zephyr, "", None),
     "chatml": (chat_chatml, "", "<|im_end|>"),
@@ -103,13 +102,13 @@ CHATS = {       # name: (the prompt's ids, what stands between prompt and answer
 
 
 def check_chat(tokenizer, chat):
-    """`chat` once it is known to fit: a format, or None, where messages are written as hh and plain text stays verbatim.
+    """`chat` once it is known to fit: a format, or None (messages become hh, plain text stays verbatim).
 
-    InputError: no such format, the tokenizer lacks its special tokens, or the folder's template asks for a choice.
+    InputError: no such format, its special tokens are missing, or the folder's template asks for a choice.
     """
     if chat is None:
         if tokenizer.chat_template:
-            raise InputError(f"the model's folder has a chat template: choose a format with --chat={'|'.join(CHATS)}.")
+            raise InputError(f"the model's folder has a chat template: choose --chat={'|'.join(CHATS)}.")
         return None
     if chat not in CHATS:
         raise InputError(f"--chat={chat}: there is no such format; choose one of {', '.join(CHATS)}.")
@@ -118,7 +117,7 @@ def check_chat(tokenizer, chat):
 
 
 def in_turns(prompt, chat):
-    """The prompt as messages where a format was chosen: plain text is one user's turn, the text of an HH dialogue its turns.
+    """The prompt as messages where a format was chosen: text is one user's turn, an HH dialogue its turns.
 
     What has no text to ask, or stops inside of an HH dialogue, stays as it stands.
     """
@@ -131,7 +130,7 @@ def in_turns(prompt, chat):
 
 
 def prompt_ids(tokenizer, prompt, chat):
-    """Ids of x: messages in the chat's format; plain text verbatim, its trailing spaces left to the response."""
+    """Ids of x: messages in the chat's format; plain text verbatim, trailing spaces left to the response."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt.rstrip(" "))
     return CHATS[chat or "hh"][0](tokenizer, prompt)
@@ -158,7 +157,7 @@ def response_ids(tokenizer, prompt, response, chat, complete=True):
     else:
         between, end = CHATS[chat or "hh"][1], end_id(tokenizer, chat)
         if not between:
-            response = response.removeprefix(" ")                    # HH's space; the format has ended its own line
+            response = response.removeprefix(" ")            # HH's space; the format has ended its own line
         elif not response[:1].isspace():
             response = between + response
         ids = tokenizer.encode_after(response)
@@ -172,17 +171,17 @@ def end_id(tokenizer, chat):
 
 
 def context_text(prompt):
-    """What the judge reads as context: the HH text without its final "\\n\\nAssistant:", or the plain prompt."""
+    """What the judge reads as context: HH text without its final "\\n\\nAssistant:", or the plain prompt."""
     text = prompt.removesuffix(ASSISTANT) if isinstance(prompt, str) else hh_text(prompt)
     return text.lstrip("\n")
 
 
 def fit(prefix, x, responses, max_length, max_prompt_length):
-    """Cuts so that prefix + x + y has at most max_length ids for every y -> (x, responses, whether anything was cut).
+    """Cut until prefix + x + y has at most max_length ids for every y -> (x, responses, was anything cut).
 
-    x gives way first, from the left, down to max_prompt_length; then the responses, from the right, losing their EOS.
-    x is the same for all; a response keeps at least one id, and one in front that predicts it. InputError when
-    max_length has no room for that.
+    x gives way first, from the left, down to max_prompt_length; then the responses, from the right, losing
+    their EOS. x is the same for all. A response keeps at least one id, after at least one that predicts it.
+    InputError when max_length has no room for that.
     """
     room = max_length - len(prefix)
     if max_length < 2 or room < 1:
@@ -219,9 +218,8 @@ class Sequence:
         return len(self.ids) - self.start
 
 
-def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_prompt=None,
-                max_tokens=1):
-    """Row -> Pair, with x and y cut to max_length (p is not counted); a prompt alone leaves room for max_tokens.
+def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_prompt=None, max_tokens=1):
+    """Row -> Pair, x and y cut to max_length (p is not counted); a prompt alone leaves room for max_tokens.
 
     Unusable: chosen and rejected have the same ids, by themselves or once cut.
     """
@@ -248,7 +246,7 @@ def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_
 
 def encode_dataset(tokenizer, rows, chat, max_length, max_prompt_length, refinement_prompt=None,
                    max_tokens=1, name="encoded"):
-    """list[Row] -> (list[Pair], Report); rows whose responses cannot be told apart are skipped and counted."""
+    """list[Row] -> (list[Pair], Report); rows whose responses become the same are skipped and counted."""
     limits = (chat, max_length, max_prompt_length, refinement_prompt, max_tokens)
     pairs, skipped = [], {}
     for row in rows:
@@ -258,56 +256,63 @@ def encode_dataset(tokenizer, rows, chat, max_length, max_prompt_length, refinem
             skipped.setdefault(str(reason), []).append(row.where)
     if not pairs:
         first = rows[0].where if rows else "there are no rows"
-        raise InputError(f"no row is left after encoding: within --max_length={max_length} chosen and rejected "
-                         f"are the same ids (first: {first}).")
+        raise InputError(f"no row is left after encoding: within --max_length={max_length} chosen and "
+                         f"rejected are the same ids (first: {first}).")
     return pairs, Report(name, len(pairs), skipped, sum(pair.cut for pair in pairs))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What a run is trained on
 
+def kinds_of_rows(name, recipe):
+    """(what a row must have to be trained on, what to be held out), in the words of support/rows.py."""
+    if not recipe.online:
+        kind = {"sft": "responses", "judge": "judge"}.get(name, "pairs")
+        return kind, kind
+    if recipe.pairs == "spin":
+        return "responses", "pairs"                # they win over the samples
+    if recipe.pairs is None:
+        return "prompts", "prompts"                # PPO: fresh responses have a reward
+    return "prompts", "responses" if recipe.loss == "sft" else "pairs"
+
+
 class Dataset:
     """Rows as ids, in an order that is a pure function of (seed, epoch)."""
 
     def __init__(self, settings, tokenizer, context, instructions, say):
-        """instructions(rows) -> Sequences: the judge's, made of rows that are pairs; say: prints what was read."""
+        """context: the model's longest sequence; say: prints what was read.
+
+        instructions(rows): what the judge recipe learns, Sequences made of rows that are pairs.
+        """
         s, recipe = settings, settings.recipes[settings.recipe]
-        self.settings, self.recipe, self.tokenizer, self.say = s, recipe, tokenizer, say
-        self.instructions = instructions
-        refined = s.refinement_prompt if recipe.is_refined else None
-        p_length = len(tokenizer.encode(refined)) if refined else 0
-        self.max_length, prompt_length, self.max_tokens = s.lengths(context, p_length, len(tokenizer.prefix(False)))
+        self.settings, self.recipe, self.tokenizer = s, recipe, tokenizer
+        self.instructions, self.say = instructions, say
+
+        p = s.refinement_prompt if recipe.is_refined else None
+        p_length, prefix_length = len(tokenizer.encode(p)) if p else 0, len(tokenizer.prefix(False))
+        self.max_length, max_prompt_length, self.max_tokens = s.lengths(context, p_length, prefix_length)
         self.limits = dict(chat=check_chat(tokenizer, s.chat), max_length=self.max_length,
-                           max_prompt_length=prompt_length, refinement_prompt=refined)
+                           max_prompt_length=max_prompt_length, refinement_prompt=p)
+
         files = (s.prompts or s.data) if recipe.online else s.data
         if not files:
             raise InputError(f"--{'prompts' if recipe.online else 'data'}: name the file for {s.recipe}.")
-        if recipe.online:
-            need, held_out = "prompts", "pairs"          # pairs measure what the fresh samples taught
-            if recipe.loss == "sft":
-                held_out = "responses"
-            elif recipe.pairs == "spin":
-                need = "responses"
-            elif recipe.pairs is None:
-                held_out = "prompts"
-        else:
-            need = held_out = {"sft": "responses", "judge": "judge"}.get(s.recipe, "pairs")
-        self.rows = self.read(files, need, s.data_fraction)
+        trained, held_out = kinds_of_rows(s.recipe, recipe)
+        self.rows = self.read(files, trained, s.data_fraction)
         self.held_out = self.read(s.eval_data, held_out) if s.eval_data else []
 
     def read(self, files, need, fraction=1.0):
         """The rows of some files: Pairs, or Sequences where single responses are learned."""
-        parts = [split_weight(file) for file in files] if fraction < 1 else []
-        files = [f"{path}:{weight * fraction}" for path, weight in parts] or files
-        rows, reports = read_data(files, need, self.settings.seed)
+        rows, reports = read_data(files, need, self.settings.seed, fraction)
         for report in reports:
             self.say(report)
         instructions = []
         if need == "judge":
             # Responses without a rival stay what they are: who only learned to say A or B could not answer.
-            pairs, rows = [row for row in rows if row.rejected is not None], [row for row in rows if row.rejected is None]
+            pairs = [row for row in rows if row.rejected is not None]
+            rows = [row for row in rows if row.rejected is None]
             if not pairs:
-                raise InputError(f"{', '.join(files)}: no row has a rejected response; there is nothing to judge.")
+                raise InputError(f"{', '.join(files)}: no row has a rejected response, so nothing to judge.")
             instructions = self.instructions(pairs)
             if not rows:
                 return instructions
@@ -324,7 +329,7 @@ class Dataset:
         if len(decided) < len(pairs):
             self.say(f"{len(pairs) - len(decided)} of {len(pairs)} pairs have p = ½ and no winner: left out")
         if not decided:
-            raise InputError(f"{', '.join(files)}: every pair has p = ½; {self.settings.recipe} needs a winner.")
+            raise InputError(f"{', '.join(files)}: every pair has p = ½, so none has a winner.")
         return decided
 
     def __len__(self):

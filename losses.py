@@ -3,8 +3,7 @@
 Paper 1 is "Direct Alignment of Language Models via Quality-Aware Self-Refinement" (Sr-DPO, Sr-IPO; arXiv
 2405.21040), paper 2 "Online Self-Preferring Language Models" (OSP, SPCE; arXiv 2405.14103).
 
-A log-probability of a response is the SUM over its tokens, the end-of-text token included. Everything starts
-from
+A response's log-probability is the SUM over its tokens, end-of-text included. Everything starts from the
 
     margin  h = [log π(y⁺|x) - log π_ref(y⁺|x)] - [log π(y⁻|x) - log π_ref(y⁻|x)]        without β
 

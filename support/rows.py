@@ -289,15 +289,16 @@ def split_weight(spec):
     return (match[1], float(match[2])) if match else (spec, 1.0)
 
 
-def read_data(specs, need, seed):
+def read_data(specs, need, seed, fraction=1.0):
     """Rows of several files, each `file` or `file:weight` -> (list[Row], list[Report]).
 
     Weight w repeats the file's rows floor(w) times and adds a seeded draw for the rest: 0.1 takes a tenth.
-    Draws are nested: a smaller one is part of a larger one.
+    Draws are nested: a smaller one is part of a larger one. All weights are multiplied by `fraction`.
     """
     rows, reports = [], []
     for position, spec in enumerate(specs):
         path, weight = split_weight(spec)
+        weight *= fraction
         if not 0 < weight <= 1000:
             raise InputError(f"{spec}: the weight of a data file is a number above 0 and not above 1000.")
         found, report = read_rows(path, need)
