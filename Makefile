@@ -6,7 +6,7 @@ BIN = .venv/bin
 .PHONY: help run fast test slow lint house reproduce bench
 
 help:             ## these lines
-	@sed -n 's/^\([a-z]*\):.*## /make \1#/p' $(MAKEFILE_LIST) | column -t -s '#'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: .venv/run    ## the default job, a few minutes: pretraining to OSP on the embedded world
 	$(BIN)/torchrun train.py $(ARGS)

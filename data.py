@@ -7,15 +7,15 @@ for its start: alone it has sentencepiece's word-start; after p it goes on after
 the code here inserts special ids; contents are plain text. Rows of files come from support/rows.py,
 tokenizers from support/tokenizer.py.
 """
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
 from forest import pack  # noqa: F401 -- others say data.pack, data.read_rows and data.load_tokenizer
+from support.chats import CHATS, Chat, chat_of  # noqa: F401
 from support.cli import InputError
-from support.rows import ASSISTANT, Report, Row, Unusable, hh_prompt, hh_text, read_data, read_rows  # noqa: F401
+from support.rows import ASSISTANT, Report, Row, Unusable, hh_prompt, hh_text, read_data, read_rows  # noqa
 from support.tokenizer import load_tokenizer  # noqa: F401
 
 REFINEMENT_PROMPT = (      # p of paper 1, prepended to the query
@@ -24,104 +24,12 @@ REFINEMENT_PROMPT = (      # p of paper 1, prepended to the query
     "the maximum and 1 is the minimum. Query:")
 
 
-def special_id(tokenizer, chat, token):
-    if token not in tokenizer.special_ids:
-        raise InputError(f"--chat={chat} needs the special token {token}, which this tokenizer lacks.")
-    return tokenizer.special_ids[token]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Dialogues. Each chat: messages -> ids up to where the answer begins, as the model's own template has them. A
-# segment between two special ids is encoded by itself, word-start included, as it was when these models were
-# trained (Zephyr: </s>▁\n). Contents from HH files lose the one leading space that HH's layout gives them.
-
-def chat_hh(tokenizer, messages):
-    """The text of Anthropic's HH-RLHF dialogues, which has no marks of its own."""
-    return tokenizer.encode(hh_text(messages) + ASSISTANT)
-
-
-def chat_zephyr(tokenizer, messages):
-    """HuggingFaceH4/zephyr-7b-beta's template, where the role marks are plain text; StableLM's have ids."""
-    ids, before = [], ""
-    for message in [*messages, {"role": "assistant", "content": ""}]:
-        mark, text = f"<|{message['role']}|>", "\n" + message["content"].removeprefix(" ")
-        if mark in tokenizer.special_ids:
-            ids += [*tokenizer.encode(before), tokenizer.special_ids[mark], *tokenizer.encode(text)]
-        else:
-            ids += tokenizer.encode(before + mark + text)
-        ids.append(tokenizer.eos_id)
-        before = "\n"
-    return ids[:-1]                              # no EOS after the mark that the answer follows
-
-
-def chat_chatml(tokenizer, messages):
-    """OpenAI's ChatML as in the templates of Qwen and OpenHermes, without a system turn that nobody gave."""
-    start, end = (special_id(tokenizer, "chatml", token) for token in ("<|im_start|>", "<|im_end|>"))
-    ids = []
-    for message in messages:
-        text = f"{message['role']}\n{message['content'].removeprefix(' ')}"
-        ids += [start, *tokenizer.encode(text), end, *tokenizer.encode("\n")]
-    return ids + [start, *tokenizer.encode("assistant\n")]
-
-
-def chat_llama3(tokenizer, messages):
-    """Meta-Llama-3-Instruct's template, which trims the contents."""
-    start, end, eot = (special_id(tokenizer, "llama3", token)
-                       for token in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
-    ids = []
-    for message in messages:
-        text = "\n\n" + message["content"].strip()
-        ids += [start, *tokenizer.encode(message["role"]), end, *tokenizer.encode(text), eot]
-    return ids + [start, *tokenizer.encode("assistant"), end, *tokenizer.encode("\n\n")]
-
-
-def chat_mistral(tokenizer, messages):
-    """Mistral-7B-Instruct-v0.2's template; from v0.3 on the brackets have ids."""
-    marks = [tokenizer.special_ids[mark] for mark in ("[INST]", "[/INST]") if mark in tokenizer.special_ids]
-    ids, system = [], ""
-    for message in messages:
-        text = message["content"].removeprefix(" ")
-        if message["role"] == "system":
-            system += text + "\n\n"
-        elif message["role"] == "assistant":
-            ids += [*tokenizer.encode_after(" " + text), tokenizer.eos_id]
-        else:
-            text, system = system + text, ""
-            ids += ([marks[0], *tokenizer.encode(text), marks[1]] if len(marks) == 2
-                    else tokenizer.encode(f"[INST] {text} [/INST]"))
-    return ids
-
-
-CHATS = {       # name: (the prompt's ids, what stands between it and the answer, what ends that: None is EOS)
-    "hh": (chat_hh, " ", None),
-    "zephyr": (chat_zephyr, "", None),
-    "chatml": (chat_chatml, "", "<|im_end|>"),
-    "llama3": (chat_llama3, "", "<|eot_id|>"),
-    "mistral": (chat_mistral, " ", None),
-}
-
-
-def check_chat(tokenizer, chat):
-    """`chat` once it is known to fit: a format, or None (messages become hh, plain text stays verbatim).
-
-    InputError: no such format, its special tokens are missing, or the folder's template asks for a choice.
-    """
-    if chat is None:
-        if tokenizer.chat_template:
-            raise InputError(f"the model's folder has a chat template: choose --chat={'|'.join(CHATS)}.")
-        return None
-    if chat not in CHATS:
-        raise InputError(f"--chat={chat}: there is no such format; choose one of {', '.join(CHATS)}.")
-    CHATS[chat][0](tokenizer, [])                # raises when a special token is missing
-    return chat
-
-
 def in_turns(prompt, chat):
     """The prompt as messages where a format was chosen: text is one user's turn, an HH dialogue its turns.
 
     What has no text to ask, or stops inside of an HH dialogue, stays as it stands.
     """
-    if chat is None or not isinstance(prompt, str) or not prompt.strip():
+    if chat.name is None or not isinstance(prompt, str) or not prompt.strip():
         return prompt
     text = prompt.rstrip(" ")
     if text.endswith(ASSISTANT):
@@ -133,18 +41,30 @@ def prompt_ids(tokenizer, prompt, chat):
     """Ids of x: messages in the chat's format; plain text verbatim, trailing spaces left to the response."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt.rstrip(" "))
-    return CHATS[chat or "hh"][0](tokenizer, prompt)
+    return chat.ids(prompt)
 
 
-def query_ids(tokenizer, refinement_prompt, prompt, chat):
-    """Ids of p⊕x: p, then x as text that goes on after it; formats with marks of their own keep x's ids."""
-    if not refinement_prompt:
-        return prompt_ids(tokenizer, prompt, chat)                   # the empty p changes nothing
+def refined_ids(tokenizer, refinement_prompt, prompt, chat, room):
+    """Ids of prefix ⊕ p ⊕ x; of x the last `room` ids, where it was cut (None: it was not).
+
+    Between marks p stands in the first user's turn, before its text; else after BOS, and x goes on as text
+    does. There the turns were cut already.
+    """
+    if isinstance(prompt, list) and chat.marks:
+        first = next((i for i, turn in enumerate(prompt) if turn["role"] == "user"), None)
+        if refinement_prompt and first is not None:
+            text = f"{refinement_prompt} {prompt[first]['content'].removeprefix(' ')}"
+            prompt = [*prompt[:first], prompt[first] | {"content": text}, *prompt[first + 1:]]
+        x = chat.ids(prompt)
+        return prefix_ids(tokenizer, prompt, chat, x) + x
     p = tokenizer.encode(refinement_prompt)
-    if isinstance(prompt, list) and chat not in (None, "hh"):
-        return p + prompt_ids(tokenizer, prompt, chat)
-    text = prompt.rstrip(" ") if isinstance(prompt, str) else hh_text(prompt) + ASSISTANT
-    return p + tokenizer.encode_after(" " + text if text and not text[0].isspace() else text)
+    if p:
+        text = prompt.rstrip(" ") if isinstance(prompt, str) else hh_text(prompt) + ASSISTANT
+        x = tokenizer.encode_after(" " + text if text and not text[0].isspace() else text)
+    else:
+        x = prompt_ids(tokenizer, prompt, chat)                  # the empty p changes nothing
+    before = tokenizer.prefix(empty=not p + x)
+    return before + p + (x if room is None else x[max(len(x) - room, 0):])
 
 
 def response_ids(tokenizer, prompt, response, chat, complete=True):
@@ -155,19 +75,18 @@ def response_ids(tokenizer, prompt, response, chat, complete=True):
         response = prompt[len(text):] + response
         ids = tokenizer.encode_after(response) if text else tokenizer.encode(response)
     else:
-        between, end = CHATS[chat or "hh"][1], end_id(tokenizer, chat)
-        if not between:
+        end = chat.end
+        if not chat.between:
             response = response.removeprefix(" ")            # HH's space; the format has ended its own line
         elif not response[:1].isspace():
-            response = between + response
+            response = chat.between + response
         ids = tokenizer.encode_after(response)
     return ids + [end] if complete else ids
 
 
-def end_id(tokenizer, chat):
-    """The id that ends an answer: EOS, or the mark of the dialogue format."""
-    name = CHATS[chat or "hh"][2]
-    return special_id(tokenizer, chat, name) if name else tokenizer.eos_id
+def prefix_ids(tokenizer, prompt, chat, x):
+    """The ids before x: BOS, where the tokenizer adds one. What a template writes has it already."""
+    return [] if isinstance(prompt, list) and chat.writes_bos else tokenizer.prefix(empty=not x)
 
 
 def context_text(prompt):
@@ -176,21 +95,44 @@ def context_text(prompt):
     return text.lstrip("\n")
 
 
-def fit(prefix, x, responses, max_length, max_prompt_length):
-    """Cut until prefix + x + y has at most max_length ids for every y -> (x, responses, was anything cut).
+def prompt_room(prefix, responses, max_length, max_prompt_length):
+    """How many ids of x fit between prefix and the longest of the responses, at least max_prompt_length.
 
-    x gives way first, from the left, down to max_prompt_length; then the responses, from the right, losing
-    their EOS. x is the same for all. A response keeps at least one id, after at least one that predicts it.
-    InputError when max_length has no room for that.
+    A response keeps at least one id, after at least one that predicts it. InputError where that cannot be.
     """
     room = max_length - len(prefix)
     if max_length < 2 or room < 1:
         raise InputError(f"--max_length={max_length} leaves no room for a response.")
     least = min(max(max_prompt_length, 0 if prefix else 1), room - 1)
-    keep = max(room - max(map(len, responses)), least)
-    x_cut = x[max(len(x) - keep, 0):]
-    y_cut = [y[:room - len(x_cut)] for y in responses]
+    return max(room - max(map(len, responses)), least)
+
+
+def fit(prefix, x, responses, max_length, max_prompt_length):
+    """Cut until prefix + x + y has at most max_length ids for every y -> (x, responses, was anything cut).
+
+    x gives way first, from the left, down to max_prompt_length; then the responses, from the right, losing
+    their EOS. x is the same for all.
+    """
+    x_cut = x[max(len(x) - prompt_room(prefix, responses, max_length, max_prompt_length), 0):]
+    y_cut = [y[:max_length - len(prefix) - len(x_cut)] for y in responses]
     return x_cut, y_cut, len(x_cut) < len(x) or y_cut != responses
+
+
+def cut_turns(tokenizer, chat, messages, room):
+    """The messages, less what is too much for `room` ids: the oldest turns after the system turn, whole; then
+    the front of the last user's text. Marks and system turn stay. Unusable: they alone are longer."""
+    while (excess := len(chat.ids(messages)) - room) > 0:
+        start = int(messages[0]["role"] == "system")
+        later = [i for i, turn in enumerate(messages) if turn["role"] == "user" and i > start]
+        if later:
+            messages = messages[:start] + messages[later[0]:]
+            continue
+        *before, last = messages
+        kept = tokenizer.decode(tokenizer.encode(last["content"])[excess:]).lstrip("\ufffd")
+        if not kept.strip():
+            raise Unusable("the marks of its turns leave no room for a text")
+        messages = [*before, last | {"content": kept}]
+    return messages
 
 
 @dataclass
@@ -225,11 +167,16 @@ def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_
     """
     prompt = in_turns(row.prompt, chat)
     x = prompt_ids(tokenizer, prompt, chat)
-    prefix = tokenizer.prefix(empty=not x)
+    prefix = prefix_ids(tokenizer, prompt, chat, x)
     texts = [text for text in (row.chosen, row.rejected) if text is not None]
     responses = [response_ids(tokenizer, prompt, text, chat, finished)
                  for text, finished in zip(texts, row.finished)]
     room_for = responses or [[tokenizer.eos_id] * max_tokens]
+    kept = prompt
+    if isinstance(prompt, list) and chat.marks:
+        room = prompt_room(prefix, room_for, max_length, max_prompt_length)
+        kept = cut_turns(tokenizer, chat, prompt, room)
+        x = chat.ids(kept)
     x_cut, y_cut, cut = fit(prefix, x, room_for, max_length, max_prompt_length)
     chosen, rejected = [*y_cut[:len(texts)], None, None][:2]
     if rejected is not None and chosen == rejected:
@@ -237,15 +184,13 @@ def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_
     refined_x = None
     if refinement_prompt is not None:
         # x is cut before p is put in front: the other way round the cut would take p away
-        refined_x = query_ids(tokenizer, refinement_prompt, prompt, chat)
-        start = len(tokenizer.encode(refinement_prompt))
-        dropped = max(len(refined_x) - start - len(x_cut), 0) if len(x_cut) < len(x) else 0
-        refined_x = tokenizer.prefix(not refined_x) + refined_x[:start] + refined_x[start + dropped:]
-    return Pair(prefix + x_cut, refined_x, chosen, rejected, row.p, row, cut)
+        room = len(x_cut) if len(x_cut) < len(x) else None
+        refined_x = refined_ids(tokenizer, refinement_prompt, kept, chat, room)
+    return Pair(prefix + x_cut, refined_x, chosen, rejected, row.p, row, cut or kept is not prompt)
 
 
 def encode_dataset(tokenizer, rows, chat, max_length, max_prompt_length, refinement_prompt=None,
-                   max_tokens=1, name="encoded"):
+                   max_tokens=1):
     """list[Row] -> (list[Pair], Report); rows whose responses become the same are skipped and counted."""
     limits = (chat, max_length, max_prompt_length, refinement_prompt, max_tokens)
     pairs, skipped = [], {}
@@ -255,10 +200,9 @@ def encode_dataset(tokenizer, rows, chat, max_length, max_prompt_length, refinem
         except Unusable as reason:
             skipped.setdefault(str(reason), []).append(row.where)
     if not pairs:
-        first = rows[0].where if rows else "there are no rows"
-        raise InputError(f"no row is left after encoding: within --max_length={max_length} chosen and "
-                         f"rejected are the same ids (first: {first}).")
-    return pairs, Report(name, len(pairs), skipped, sum(pair.cut for pair in pairs))
+        reason = next((f"{where[0]}: {reason}" for reason, where in skipped.items()), "there are no rows")
+        raise InputError(f"no row is left after encoding within --max_length={max_length} ({reason}).")
+    return pairs, Report("encoded", len(pairs), skipped, sum(pair.cut for pair in pairs))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -279,21 +223,17 @@ def kinds_of_rows(name, recipe):
 class Dataset:
     """Rows as ids, in an order that is a pure function of (seed, epoch)."""
 
-    def __init__(self, settings, tokenizer, context, instructions, say):
-        """context: the model's longest sequence; say: prints what was read.
-
-        instructions(rows): what the judge recipe learns, Sequences made of rows that are pairs.
-        """
+    def __init__(self, settings, tokenizer, chat, context, instructions, say):
+        """context: the model's longest sequence; say(text): prints what was read; instructions(rows): what
+        the judge recipe learns, Sequences made of rows that are pairs."""
         s, recipe = settings, settings.recipes[settings.recipe]
         self.settings, self.recipe, self.tokenizer = s, recipe, tokenizer
         self.instructions, self.say = instructions, say
-
         p = s.refinement_prompt if recipe.is_refined else None
         p_length, prefix_length = len(tokenizer.encode(p)) if p else 0, len(tokenizer.prefix(False))
         self.max_length, max_prompt_length, self.max_tokens = s.lengths(context, p_length, prefix_length)
-        self.limits = dict(chat=check_chat(tokenizer, s.chat), max_length=self.max_length,
+        self.limits = dict(chat=chat, max_length=self.max_length,
                            max_prompt_length=max_prompt_length, refinement_prompt=p)
-
         files = (s.prompts or s.data) if recipe.online else s.data
         if not files:
             raise InputError(f"--{'prompts' if recipe.online else 'data'}: name the file for {s.recipe}.")
@@ -349,4 +289,4 @@ def named_winner(pair):
     """The pair with the response first that p calls the better one."""
     if pair.strength is None or pair.strength > 0.5:
         return pair
-    return dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+    return replace(pair, chosen=pair.rejected, rejected=pair.chosen)

@@ -19,6 +19,7 @@ import forest
 import losses
 from sample import load_model
 from support import cli
+from support.chats import CHATS
 from support.cli import InputError, setting
 from support.ranks import pick_device
 from support.verdicts import read_responses, report, win_rate
@@ -58,22 +59,32 @@ class Question:
 class JudgePrompt:
     """Puts contexts and responses into the instruction, as token ids of at most max_length.
 
-    The answer begins where the whole text with " A" and the one with " B" first differ: in small vocabularies
-    " A" is two tokens.
+    A model whose chats have marks is asked in a user's turn, and its own turn begins with the instruction's
+    last word; another model goes on with the text. The answer is read where the ids with " A" and those with
+    " B" first differ: in small vocabularies " A" is two tokens.
     """
 
-    def __init__(self, tokenizer, task, max_length):
+    def __init__(self, tokenizer, task, max_length, chat=None):
         if task not in TEMPLATES:
             raise InputError(f"--judge_task={task}: {' or '.join(TEMPLATES)}.")
         self.tokenizer, self.template, self.max_length = tokenizer, TEMPLATES[task], max_length
-        self.prefix = tokenizer.prefix(False)
+        self.chat = chat if chat is not None and chat.marks else None
 
     def encode(self, context, a, b):
         """(ids before the answer, (id of A, id of B)) of the uncut instruction."""
         text = self.template.format(context=context, a=slot(a), b=slot(b))
-        with_a, with_b = (self.tokenizer.encode(text + answer) for answer in (" A", " B"))
+        if self.chat:
+            question, _, word = text.rpartition(" ")              # … better? | RESPONSE
+            turn = [{"role": "user", "content": question}]
+            before = self.chat.ids(turn)
+            before = data.prefix_ids(self.tokenizer, turn, self.chat, before) + before
+            word = self.chat.between + word
+            with_a, with_b = (self.tokenizer.encode_after(word + answer) for answer in (" A", " B"))
+        else:
+            before = self.tokenizer.prefix(False)
+            with_a, with_b = (self.tokenizer.encode(text + answer) for answer in (" A", " B"))
         position = next(i for i, (x, y) in enumerate(zip(with_a, with_b)) if x != y)
-        return self.prefix + with_a[:position], (with_a[position], with_b[position])
+        return before + with_a[:position], (with_a[position], with_b[position])
 
     def both_orders(self, context, first, second):
         """The two Questions of a pair, `first` at A and `first` at B; both are cut alike.
@@ -312,6 +323,7 @@ class Settings:
     limit: int | None = setting(None, "read only the first so many rows", least=1)
     judge_task: str = setting("helpful", "the instruction", choices=tuple(TEMPLATES), group="How to judge")
     max_length: int | None = setting(None, "tokens of an instruction; none: the model's context", least=1)
+    chat: str | None = setting(None, f"dialogue format ({', '.join(CHATS)}); none: the folder's")
     batch_size: int = setting(64, "pairs at a time", least=1)
     dtype: str = setting("float32", "type of the weights", choices=("float32", "bfloat16", "float64"))
     device: str = setting("auto", "auto, cpu, cuda, mps")
@@ -345,7 +357,8 @@ def main(settings):
     """Ask the judge about every pair of --data, or of --a and --b; the last line is the report."""
     net, tokenizer = load_model(settings.model, settings.dtype, pick_device(settings.device))
     room = min(settings.max_length or net.config.context, net.config.context)
-    judge_prompt = JudgePrompt(tokenizer, settings.judge_task, room)
+    chat = data.chat_of(tokenizer, settings.chat)
+    judge_prompt = JudgePrompt(tokenizer, settings.judge_task, room, chat)
     if settings.data is not None:
         rows, read = data.read_rows(settings.data, "ordered pairs")
         print(read)

@@ -1,4 +1,4 @@
-"""One transformer for Llama (2, 3, TinyLlama), Mistral and GPT-NeoX (Pythia), read from Hugging Face folders.
+"""One transformer for Llama, Mistral, Qwen (2, 2.5, 3) and GPT-NeoX (Pythia), read from Hugging Face folders.
 
     net = load("folder")               config.json and safetensors
     hidden = net(tokens)               (B, T) -> (B, T, D): each row a causal sequence
@@ -50,11 +50,11 @@ class Linear(nn.Linear):
 class Norm(nn.Module):
     """RMSNorm (Llama), or LayerNorm with a bias (GPT-NeoX); computed in float32 at least."""
 
-    def __init__(self, config):
+    def __init__(self, config, width=None):
         super().__init__()
         self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.empty(config.width))
-        self.bias = nn.Parameter(torch.empty(config.width)) if config.is_neox else None
+        self.weight = nn.Parameter(torch.empty(width or config.width))
+        self.bias = nn.Parameter(torch.empty(width or config.width)) if config.is_neox else None
 
     def forward(self, x):
         if self.bias is not None:
@@ -100,7 +100,9 @@ class Attention(nn.Module):
             self.q = Linear(width, out, bias)
             self.k = Linear(width, config.kv_heads * config.head_dim, bias)
             self.v = Linear(width, config.kv_heads * config.head_dim, bias)
-        self.o = Linear(out, width, bias)
+        self.o = Linear(out, width, config.output_bias)
+        if config.qk_norm:                                       # Qwen 3
+            self.q_norm, self.k_norm = (Norm(config, config.head_dim) for _ in "qk")
 
     def forward(self, x, cos, sin, attend):
         B, T, _ = x.shape
@@ -108,6 +110,8 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x).view(B, T, self.config.heads, 3, -1).unbind(3)
         else:
             q, k, v = (layer(x).view(B, T, -1, self.config.head_dim) for layer in (self.q, self.k, self.v))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))   # (B, H or G, T, E)
         y = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))

@@ -125,7 +125,7 @@ class Settings:
     prompts: list[str] | None = setting(None, "prompt files of online recipes; default: the prompts in data")
     data_fraction: float = setting(1.0, "share of data; shares of one seed are nested", above=0, most=1)
     eval_data: list[str] | None = setting(None, "held-out files of the same form")
-    chat: str | None = setting(None, f"dialogue format: {', '.join(CHATS)}; text is then a user's turn")
+    chat: str | None = setting(None, f"dialogue format ({', '.join(CHATS)}); none: the folder's")
     toy_family: str = setting("llama", "architecture in the toy world", choices=("llama", "neox"))
 
     steps: int | None = setting(None, "updates; default: epochs over the data", least=1, group="Optimization")

@@ -145,7 +145,7 @@ def sample_prompts(net, prompts, k, max_tokens, seed, step, stop_ids, allowed, t
 
 def stopping(tokenizer, chat, config):
     """(ids that end a response, (V,) bool of the ids that may be sampled) for `generate`."""
-    stop_ids = {*tokenizer.stop_ids, data.end_id(tokenizer, chat)}
+    stop_ids = {*tokenizer.stop_ids, chat.end}
     return stop_ids, tokenizer.sampling_mask(config.vocab_size)
 
 
@@ -161,9 +161,9 @@ def response_text(tokenizer, sample):
 class Settings:
     """Generate responses: one line of JSON per prompt, {"prompt", "responses": [{"text", "ids", …}]}."""
     model: str = setting("", "folder with config.json, safetensors and a tokenizer", group="What to read")
-    prompt: str | None = setting(None, "one prompt; with --chat text is a user's turn, else it is continued")
+    prompt: str | None = setting(None, "one prompt; a user's turn where there is a format, else continued")
     prompts: str | None = setting(None, "or a file of prompts: .jsonl, .jsonl.gz or .json; text as above")
-    chat: str | None = setting(None, "dialogue format: " + ", ".join(data.CHATS))
+    chat: str | None = setting(None, f"dialogue format ({', '.join(data.CHATS)}); none: the folder's")
     k: int = setting(1, "responses per prompt", least=1, group="How to sample")
     temperature: float = setting(0.7, "0 is greedy", least=0)
     top_p: float = setting(0.9, "sample from the fewest tokens that hold this mass", above=0, most=1)
@@ -200,32 +200,33 @@ def load_model(folder, dtype, device):
 def read_prompts(settings, tokenizer, chat, context, max_tokens):
     """(prompts as given, their ids). A file's long prompts lose their front, so that an answer has room."""
     if settings.prompt is not None:
-        given = [data.in_turns(settings.prompt, chat)]
+        rows = [data.Row(data.in_turns(settings.prompt, chat), None, None, None, "--prompt")]
     else:
         rows, report = data.read_rows(settings.prompts, "prompts")
-        given = [row.prompt for row in rows]
         print(report, file=sys.stderr)
-    encoded = [data.prompt_ids(tokenizer, data.in_turns(prompt, chat), chat) for prompt in given]
-    encoded = [tokenizer.prefix(not ids) + ids for ids in encoded]
-    long = [i for i, ids in enumerate(encoded) if len(ids) >= context]
+    encoded, long = [], 0
+    for row in rows:
+        try:
+            pair = data.encode_pair(tokenizer, row, chat, context, 1)
+            if pair.cut:
+                room = min(max_tokens, context // 2)
+                pair, long = data.encode_pair(tokenizer, row, chat, context, 1, max_tokens=room), long + 1
+        except data.Unusable as reason:
+            raise InputError(f"{row.where}: {reason}.") from None
+        encoded.append(pair.x)
     if long and settings.prompt is not None:
-        raise InputError(f"--prompt takes {len(encoded[0])} tokens; the model's context of {context} has no "
-                         f"room for an answer.")
+        raise InputError(f"--prompt leaves no room for an answer in the model's context of {context} tokens.")
     if long:
-        print(f"{len(long)} of {len(given)} prompts do not fit the context of {context} and lost their front",
+        print(f"{long} of {len(rows)} prompts do not fit the context of {context} and lost their front",
               file=sys.stderr)
-    prefix = tokenizer.prefix(False)
-    keep = context - len(prefix) - max(1, min(max_tokens, context // 2))
-    for i in long:
-        encoded[i] = prefix + encoded[i][len(encoded[i]) - keep:]
-    return given, encoded
+    return [row.prompt for row in rows], encoded
 
 
 def main(settings):
     """Write K responses per prompt as rows of JSON; a terminal is shown a single one as it comes."""
     s = settings
     net, tokenizer = load_model(s.model, s.dtype, pick_device(s.device))
-    chat, context = data.check_chat(tokenizer, s.chat), net.config.context
+    chat, context = data.chat_of(tokenizer, s.chat), net.config.context
     max_tokens = min(s.max_tokens, context)            # a larger table and cache would never be filled
     given, prompts = read_prompts(s, tokenizer, chat, context, max_tokens)
     stop_ids, allowed = stopping(tokenizer, chat, net.config)

@@ -230,8 +230,9 @@ class Trainer(Networks):
         judge_context = model.read_config(judge_folder).context if judge_folder else context
         if s.recipe == "judge":                         # its sequences are the instructions
             judge_context = min(context, s.max_length or context)
-        self.judge_prompt = judge.JudgePrompt(self.tokenizer, s.judge_task, judge_context)
-        self.data = data.Dataset(s, self.tokenizer, context, self.instructions, self.say)
+        chat = data.chat_of(self.tokenizer, s.chat)
+        self.judge_prompt = judge.JudgePrompt(self.tokenizer, s.judge_task, judge_context, chat)
+        self.data = data.Dataset(s, self.tokenizer, chat, context, self.instructions, self.say)
         self.judge = self.load_frozen(judge_folder) if judge_folder else None
         self.reference = None
         if s.reference_cache:
@@ -249,7 +250,6 @@ class Trainer(Networks):
         self.loss = self.sft_loss if self.recipe.loss == "sft" else self.pair_loss
         self.optimizer, self.state = self.make_optimizer(), dict(START)
         self.log, self.started = self.new_log(), time.perf_counter()
-        chat = self.data.limits["chat"]
         self.stop_ids, self.allowed = sample.stopping(self.tokenizer, chat, self.policy.config)
 
     def new_log(self):
@@ -538,7 +538,8 @@ def prompts_at_a_time(net, itemsize, tokens):
 def paired(settings, step, place, strengths):
     """[(winner, loser)] of the samples of the prompt at a place of a step; what is drawn (random pairs, rso's
     acceptance) is a pure function of (seed, step, place)."""
-    recipe, generator = settings.recipes[settings.recipe], np.random.default_rng([settings.seed, 4, step, place])
+    generator = np.random.default_rng([settings.seed, 4, step, place])
+    recipe = settings.recipes[settings.recipe]
     pairing = judge.PAIRINGS[recipe.pairs]
     if recipe.responses != "rso":
         return pairing(strengths, generator)
@@ -666,7 +667,7 @@ def resolved(trainer):
     t, s, d = trainer, trainer.settings, trainer.data
     return dataclasses.asdict(s) | dict(
         steps=t.steps, warmup_steps=t.warmup, dtype=str(t.dtype).removeprefix("torch."),
-        chat=d.limits["chat"], max_length=d.max_length, max_tokens=d.max_tokens,
+        chat=d.limits["chat"].name, max_length=d.max_length, max_tokens=d.max_tokens,
         max_prompt_length=d.limits["max_prompt_length"],
         reference=s.reference or s.model, judge=s.judge or s.model)
 

@@ -423,7 +423,8 @@ def prompts_of(s, folder, longest):
     """The first prompts as ids, cut from the left to `longest`."""
     tokenizer = load_tokenizer(folder / "model")
     found, _ = rows.read_rows(folder / "pairs.jsonl", "prompts")
-    return [data.encode_pair(tokenizer, row, "hh", longest, longest - 1).x for row in found[:s.batch_size]]
+    chat = data.chat_of(tokenizer, "hh")
+    return [data.encode_pair(tokenizer, row, chat, longest, longest - 1).x for row in found[:s.batch_size]]
 
 
 def sampled(net, prompts, k, max_tokens, temperature=0.7):
@@ -694,7 +695,8 @@ def row_size(s, folder):
 
         def read(path=path):
             pairs, _ = rows.read_rows(path, "pairs")
-            data.encode_dataset(tokenizer, pairs, "hh", s.max_length, s.max_length // 2)
+            chat = data.chat_of(tokenizer, "hh")
+            data.encode_dataset(tokenizer, pairs, chat, s.max_length, s.max_length // 2)
         lines.append({"rows": n, "seconds": timed(read, 1)})
         print(f"{n:<50,} {lines[-1]['seconds']:8.2f} {n / lines[-1]['seconds']:12.0f}", flush=True)
     return lines

@@ -1,18 +1,18 @@
 """RLHF, the baseline of paper 2: a reward model from preference pairs, and PPO against it.
 
-    torchrun -m experiments.rlhf                             the embedded world: base, SFT, reward model, PPO
-    torchrun -m experiments.rlhf --recipe=reward --model=SFT --data=PAIRS --eval_data=PAIRS --out_dir=out/reward
-    torchrun -m experiments.rlhf --recipe=rlhf --model=SFT --reward=out/reward/final --prompts=FILE --out_dir=out/rlhf
+    torchrun -m experiments.rlhf                  the embedded world: base, SFT, reward model, PPO
+    torchrun -m experiments.rlhf --recipe=reward --model=SFT --data=PAIRS --out_dir=out/reward
+    torchrun -m experiments.rlhf --model=SFT --reward=out/reward/final --prompts=FILE --out_dir=out/rlhf
 
-The reward model is the same transformer under a head of one number, read at the last token of x⊕y; its folder is
-what transformers calls sequence classification. PPO trains two networks: the policy, from the SFT model, and the
-value network, from the reward model. Ranks, data, sampling, checkpoints and the loop are train.py's; here is what
-differs.
+The reward model is the same transformer under a head of one number, read at the last token of x⊕y; its folder
+is what transformers calls sequence classification. PPO trains two networks: the policy, from the SFT model,
+and the value network, from the reward model. Ranks, data, sampling, checkpoints and the loop are train.py's;
+here is what differs.
 
-Sources: [BT] the Bradley–Terry loss, as in Ouyang et al. 2022 (arXiv 2203.02155), eq. 1; [PPO] Schulman et al. 2017
-(1707.06347), eq. 7 and 9; [GAE] Schulman et al. 2015 (1506.02438), eq. 16; [N+] the details listed by Huang et al.
-2024 (2403.17031). Left out: adapters, an entropy bonus, an adaptive κ, minibatches (a smaller --batch_size makes as
-many updates, and on fresher samples).
+Sources: [BT] the Bradley–Terry loss, as in Ouyang et al. 2022 (arXiv 2203.02155), eq. 1; [PPO] Schulman et
+al. 2017 (1707.06347), eq. 7 and 9; [GAE] Schulman et al. 2015 (1506.02438), eq. 16; [N+] the details listed
+by Huang et al. 2024 (2403.17031). Left out: adapters, an entropy bonus, an adaptive κ, minibatches (a smaller
+--batch_size makes as many updates, and on fresher samples).
 
 Letters: S sequences, T tokens of a response, M tokens of all responses, one after the other.
 """
@@ -34,9 +34,8 @@ from support.cli import InputError, setting
 from support.metrics import METRICS, Log
 from support.ranks import launch
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Formulas: pure functions of tensors
-
 
 def reward_loss(chosen, rejected):
     """-log σ(r(x, y⁺) - r(x, y⁻)) [BT]: two tensors (N,) of rewards -> (N,).
@@ -47,10 +46,10 @@ def reward_loss(chosen, rejected):
 
 
 def token_rewards(logprobs, reference, score, kl_coef):
-    """The reward of each token of one response [N+]: -κ (log π_old(y_t) - log π_ref(y_t)), and r(x, y) more at the last.
+    """The reward of each token [N+]: -κ (log π_old(y_t) - log π_ref(y_t)), plus r(x, y) at the last.
 
-    logprobs, reference: (T,) in nats; score: a number. -> (T,), with the sum r - κ (log π_old(y|x) - log π_ref(y|x)).
-    κ = ½, log-ratios 2 and -1, r = 3: (-1, ½ + 3).
+    logprobs, reference: (T,) in nats; score: a number. Gives (T,), with the sum
+    r - κ (log π_old(y|x) - log π_ref(y|x)). κ = ½, log-ratios 2 and -1, r = 3: (-1, ½ + 3).
     """
     rewards = -kl_coef * (logprobs - reference)
     rewards[-1] += score
@@ -58,9 +57,9 @@ def token_rewards(logprobs, reference, score, kl_coef):
 
 
 def gae(rewards, values, gamma, lam):
-    """A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} - V_t, and V = 0 after the last token [GAE, eq. 16]: (T,) -> (T,).
+    """A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} - V_t [GAE, eq. 16]: (T,) -> (T,).
 
-    values: V_t, of what stands before token t. The return is A_t + V_t.
+    values: V_t, of what stands before token t; after the last token it is 0. The return is A_t + V_t.
     γ = 1, λ = ½, r = (0, 1), V = (½, ¼): δ = (-¼, ¾), A = (-¼ + ½·¾, ¾) = (⅛, ¾).
     """
     following = torch.cat((values[1:], values.new_zeros(1)))
@@ -89,8 +88,9 @@ def whiten(advantages, total=list):
 
 
 def policy_loss(logprobs, old, advantages, clip):
-    """-min(ρ A, clip(ρ, 1 ± ε) A) with ρ = π(y_t) / π_old(y_t) [PPO, eq. 7]: log-probabilities (M,), A (M,) -> (M,).
+    """-min(ρ A, clip(ρ, 1 ± ε) A) with ρ = π(y_t) / π_old(y_t) [PPO, eq. 7].
 
+    logprobs, old: log-probabilities (M,); advantages: A (M,). Gives (M,).
     ρ = 3/2, ε = 0.2: A = 1 gives -1.2, without a gradient: this token has moved far enough. A = -1 gives 3/2.
     """
     ratio = (logprobs - old).exp()
@@ -100,13 +100,14 @@ def policy_loss(logprobs, old, advantages, clip):
 def value_loss(values, old, returns, clip):
     """½ max((V - R)², (clip(V, V_old ± ε) - R)²) [N+]: (M,) each -> (M,).
 
-    V_old = 0, R = 1, ε = 0.2: V = ½ gives ½ max(¼, 0.64) = 0.32, without a gradient. V = -½ gives ½ · 2.25 = 1.125.
+    V_old = 0, R = 1, ε = 0.2: V = ½ gives ½ max(¼, 0.64) = 0.32, without a gradient; V = -½ gives
+    ½ · 2.25 = 1.125.
     """
     clipped = torch.clamp(values, old - clip, old + clip)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One number instead of logits
 
 def read_head(net, hidden):
@@ -121,7 +122,7 @@ def scores(net, packed):
 
 
 def values_by_token(net, packed, starts):
-    """V_t of each response token, read where losses.logprobs_by_token reads the policy: at the token before it. (M,)"""
+    """V_t (M,) of each response token, read at the token before it, as losses.logprobs_by_token reads π."""
     before = torch.cat([path[start - 1:-1] for path, start in zip(packed.paths, starts)])
     return read_head(net, net.hidden(packed)[before.to(net.embed.weight.device)])
 
@@ -135,11 +136,11 @@ def reward_shift(config, where):
 
 
 def padding_id(tokenizer, chat, config):
-    """An id that never ends a response, or None: transformers takes the last token that is another one for the end."""
+    """An id that never ends a response, or None: transformers takes the last other id for the end."""
     may_end = tokenizer.sampling_mask(config.vocab_size)
-    may_end[data.end_id(tokenizer, chat)] = True
+    may_end[chat.end] = True
     free = [id for id in range(config.vocab_size) if not may_end[id]]
-    return max(free, key=lambda id: (id != tokenizer.unk_id, id), default=None)       # a row without a piece before <unk>
+    return max(free, key=lambda id: (id != tokenizer.unk_id, id), default=None)    # <unk> comes last
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -165,10 +166,10 @@ RECIPES = {
 
 @dataclass
 class Settings(recipes.Settings):
-    """Train a reward model (--recipe=reward) or a policy against one (rlhf); without --model on the toy world."""
+    """Train a reward model (--recipe=reward) or a policy against one (rlhf); without --model on toy data."""
     recipe: str = "rlhf"
     k: int = 1
-    temperature: float = setting(1.0, "another one would not sample from the π_old that the ratio is of", above=0)
+    temperature: float = setting(1.0, "another one would not sample from the ratio's π_old", above=0)
     top_p: float = setting(1.0, "see temperature", above=0, most=1)
     reward: str | None = setting(None, "rlhf: folder of the reward model", group="Reward model and PPO")
     shift_samples: int = setting(256, "reward: SFT responses whose mean reward becomes 0", least=1)
@@ -178,7 +179,7 @@ class Settings(recipes.Settings):
     value_clip_range: float = setting(0.2, "ε of the value", above=0)
     value_coef: float = setting(0.1, "weight of the value loss", least=0)
     gamma: float = setting(1.0, "discount per token", least=0, most=1)
-    gae_lambda: float = setting(0.95, "λ of the advantage: 0 trusts the value network, 1 the returns", least=0, most=1)
+    gae_lambda: float = setting(0.95, "of the advantage; 0 trusts the values, 1 the returns", least=0, most=1)
     eos_penalty: float = setting(1.0, "taken from the reward of a response that does not end", least=0)
 
     recipes = RECIPES
@@ -186,9 +187,9 @@ class Settings(recipes.Settings):
     def __post_init__(self):
         super().__post_init__()
         if self.lora_rank:
-            raise InputError(f"--lora_rank={self.lora_rank}: here all weights are trained; adapters are for train.py.")
+            raise InputError(f"--lora_rank={self.lora_rank}: only train.py trains adapters.")
         if self.dry_run:
-            raise InputError("--dry_run counts the memory of train.py's recipes, not of reward models and PPO.")
+            raise InputError("--dry_run knows the memory of train.py's recipes only, not of these two.")
 
     def folders(self):
         return list(dict.fromkeys([*super().folders(), *filter(None, [self.reward])]))
@@ -203,8 +204,9 @@ class Settings(recipes.Settings):
 def check_folder(option, folder, is_reward_model):
     """Refuse a reward model where an SFT model is needed, and the other way round."""
     if model.read_config(folder).reward_head != is_reward_model:
-        raise InputError(f"--{option}={folder} is no reward model; --recipe=reward makes one." if is_reward_model else
-                         f"--{option}={folder} is a reward model; name the SFT model to start from.")
+        what = ("is no reward model; --recipe=reward makes one" if is_reward_model else
+                "is a reward model; name the SFT model to start from")
+        raise InputError(f"--{option}={folder} {what}.")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -219,7 +221,7 @@ class RewardTrainer(train.Trainer):
         self.loss = self.preference_loss
 
     def load(self, folder, dtype, trained=False):
-        return super().load(folder, dtype, trained, reward_head=trained)       # only the SFT model is not trained
+        return super().load(folder, dtype, trained, reward_head=trained)       # the SFT model is not trained
 
     def preference_loss(self, pairs):
         """(N,) losses of pairs, y⁺ and y⁻ after the same x."""
@@ -240,17 +242,18 @@ class RewardTrainer(train.Trainer):
 
     @torch.no_grad()
     def shift(self):
-        """The mean score of the SFT model's own responses to the first prompts of the data: less that, it is 0."""
+        """The mean score of the SFT model's own responses to the first prompts, which is to count as 0."""
         sft, rank = self.load_frozen(self.settings.model), self.ranks.rank
         number = min(self.settings.shift_samples, len(self.data))
         prompts = self.data.positions(0, number)[rank::self.ranks.size]
         with train.gathered(self.policy, sft):
-            samples = self.sample_prompts(sft, self.steps, prompts, rank)     # the uniforms of the step after the last
+            samples = self.sample_prompts(sft, self.steps, prompts, rank)    # as in a step after the last
             rows = [query.x + one.ids for query, group in zip(prompts, samples) for one in group]
             size = self.settings.micro_batch_size
             found = [scores(self.policy, forest.pack(rows[i:i + size])) for i in range(0, len(rows), size)]
         total, count = self.ranks.sum([sum(float(part.double().sum()) for part in found), len(rows)])
-        self.say(f"mean reward of {count:.0f} responses of {self.settings.model}: {total / count:.4f}, from now on 0")
+        self.say(f"mean reward of {count:.0f} responses of {self.settings.model}: {total / count:.4f}, "
+                 "from now on 0")
         return total / count
 
 
@@ -303,7 +306,7 @@ def pack_responses(responses):
 
 
 class PPOTrainer(train.Trainer):
-    """A policy, its frozen reference and reward model, and a value network that starts from the reward model."""
+    """A policy, its frozen reference and reward model; and a value network that starts from that model."""
     value = None                             # the value network, which comes last
 
     def __init__(self, settings):
@@ -326,12 +329,12 @@ class PPOTrainer(train.Trainer):
         return {"policy": self.policy} | ({"value": self.value} if self.value is not None else {})
 
     def new_log(self):
-        return Log(self.ranks, [*METRICS, "reward", "policy_loss", "value_loss", "clip_share", "explained_variance",
-                                "reward_seconds"])
+        ours = "reward policy_loss value_loss clip_share explained_variance reward_seconds"
+        return Log(self.ranks, [*METRICS, *ours.split()])
 
     def update(self, step):
-        """ppo_epochs optimizer steps on one rollout. A failure of the first skips the step; one of a later update
-        leaves out the rest."""
+        """ppo_epochs optimizer steps on one rollout. Where the first fails, the step is skipped; where a
+        later one fails, the rest is left out."""
         self.begin_update(step)
         groups, norms = self.rollout(step, self.batch(step)), []
         with self.log.timed("update_seconds"):
@@ -341,25 +344,26 @@ class PPOTrainer(train.Trainer):
                 if epoch == 0:
                     self.count_skip(step, why_not)
                 elif why_not:
-                    self.say(f"\nstep {step + 1}, update {epoch + 1}: {why_not}; the rest of the step is left out")
+                    self.say(f"\nstep {step + 1}, update {epoch + 1}: {why_not}; the rest is left out")
                 if why_not:
                     break
         return self.metrics(step, sum(norms) / len(norms))
 
     def rollout(self, step, prompts):
         """K responses to each of this rank's prompts, with all that the updates take as constant: Groups."""
-        s = self.settings
+        s, first = self.settings, step * self.settings.batch_size + self.ranks.rank
         with train.gathered(self.policy, self.reference, self.reward, self.value):
             with self.log.timed("sample_seconds"):
-                samples = self.sample_prompts(self.policy, step, prompts, step * s.batch_size + self.ranks.rank)
+                samples = self.sample_prompts(self.policy, step, prompts, first)
             with self.log.timed("reward_seconds"):
                 groups = self.read(prompts, samples)
         self.estimate(all_of(groups))
         self.describe(all_of(groups))
         self.log.add("prompt_cut", [query.cut for query in prompts])
         self.out.write_rollouts(step, [
-            {"prompt": query.row.prompt, "response": one.text, "reward": round(one.score, 6), "kl": round(one.kl, 6),
-             "finished": [one.finished, True]} for query, group in zip(prompts, groups) for one in group.responses])
+            {"prompt": query.row.prompt, "response": one.text, "reward": round(one.score, 6),
+             "kl": round(one.kl, 6), "finished": [one.finished, True]}
+            for query, group in zip(prompts, groups) for one in group.responses])
         if s.sample_every and step % s.sample_every == 0 and prompts:
             self.say(f"\nstep {step + 1}: {data.context_text(prompts[0].row.prompt)!r}")
             for one in groups[0].responses:
@@ -368,10 +372,11 @@ class PPOTrainer(train.Trainer):
 
     @torch.no_grad()
     def read(self, prompts, samples):
-        """The samples as Groups of Responses with their log-probabilities, values and scores. The micro-batches are
-        those of the updates: the first ratio is then exactly 1."""
-        groups, size = [Group([Response(query.x, one.ids, one.finished, one.text) for one in group])
-                        for query, group in zip(prompts, samples)], self.settings.micro_batch_size
+        """The samples as Groups of Responses, with their log-probabilities, values and scores. The
+        micro-batches are those of the updates: the first ratio is then exactly 1."""
+        size = self.settings.micro_batch_size
+        groups = [Group([Response(query.x, one.ids, one.finished, one.text) for one in group])
+                  for query, group in zip(prompts, samples)]
         for i in range(0, len(groups), size):
             responses = all_of(groups[i:i + size])
             packed, starts = pack_responses(responses)
@@ -398,7 +403,8 @@ class PPOTrainer(train.Trainer):
         for one, part in zip(responses, white.split([len(one.ids) for one in responses])):
             one.advantages = part
         returns, values = tokens_of(responses, "returns"), tokens_of(responses, "values")
-        (_, missed), (_, variance) = moments(returns - values, self.ranks.sum), moments(returns, self.ranks.sum)
+        _, missed = moments(returns - values, self.ranks.sum)
+        _, variance = moments(returns, self.ranks.sum)
         self.log.value("explained_variance", 1 - missed / max(variance, 1e-12))
 
     def describe(self, responses):
@@ -419,7 +425,8 @@ class PPOTrainer(train.Trainer):
         of_value = value_loss(values, old_values, returns, s.value_clip_range)
         both = of_policy + s.value_coef * of_value
         clipped = ((logprobs - old).exp() - 1).abs() > s.clip_range
-        self.log.add_all({"loss": both, "policy_loss": of_policy, "value_loss": of_value, "clip_share": clipped})
+        self.log.add_all({"loss": both, "policy_loss": of_policy, "value_loss": of_value,
+                          "clip_share": clipped})
         self.log.tokens += sum(len(one.x) + len(one.ids) for one in responses)
         return both
 
@@ -429,7 +436,7 @@ class PPOTrainer(train.Trainer):
 
     @torch.no_grad()
     def evaluate(self):
-        """eval_reward, eval_kl, … of fresh responses to held-out prompts, from the same uniforms each time."""
+        """eval_reward, eval_kl, … of fresh responses to held-out prompts, always from the same uniforms."""
         self.log, rank = self.new_log(), self.ranks.rank
         prompts = self.data.held_out[rank::self.ranks.size]
         with train.gathered(self.policy, self.reference, self.reward, self.value):

@@ -29,7 +29,7 @@ import judge
 import losses
 import model
 import sample
-from data import REFINEMENT_PROMPT
+from data import REFINEMENT_PROMPT, chat_of
 from recipes import RECIPES
 from support import cli, disk
 from support.ranks import Ranks
@@ -445,7 +445,8 @@ def sample_all(net, tokenizer, prompts, settings, stream, k=2):
     ids = [tokenizer.prefix(False) + tokenizer.encode(prompt) for prompt in prompts]
     return list(sample.sample_prompts(
         net, ids, k, settings.max_tokens or 16, settings.seed, 10 ** 6 + stream,
-        *sample.stopping(tokenizer, "hh", net.config), settings.temperature, settings.top_p, at_a_time=64))
+        *sample.stopping(tokenizer, chat_of(tokenizer, "hh"), net.config), settings.temperature,
+        settings.top_p, at_a_time=64))
 
 
 @torch.no_grad()

@@ -51,29 +51,23 @@ class OutDir:
     """The place of one run. All ranks call all methods. The first one writes; where it fails, all fail."""
 
     def __init__(self, settings, ranks):
-        """`before`: the settings of the run that out_dir holds, or None."""
         self.settings, self.ranks, self.path = settings, ranks, Path(settings.out_dir)
         self.lock_file = None
         self.refuse_inputs()
-        if any(place.exists() and not place.is_dir() for place in (self.path, *self.path.parents)):
-            raise InputError(f"--out_dir={self.path} cannot be written: a file stands in the way.")
         self.before = self.recorded()
 
     def refuse_inputs(self):
         """out_dir is written to and partly cleared, so nothing that the run reads may lie there."""
         s, out = self.settings, self.path.resolve()
-        cleared = [out / name for name in ("final", "adapter", "checkpoint")]
-        for folder in filter(None, (*s.folders(), s.reference_cache)):
-            path, is_model = Path(folder).resolve(), folder in s.folders()
-            if any(path.is_relative_to(place) for place in cleared) or is_model and path == out:
-                raise InputError(f"--out_dir={self.path} would overwrite {folder}, which is read; "
-                                 f"name another.")
-            if is_model and out.is_relative_to(path):
-                raise InputError(f"--out_dir={self.path} lies in the model folder {folder}; name another.")
-        for spec in s.files():
-            path = Path(split_weight(spec)[0]).resolve()
-            if path.parent == out or any(path.is_relative_to(place) for place in cleared):
-                raise InputError(f"{path.name} lies in --out_dir={self.path}, which is written to; "
+        files = [Path(split_weight(spec)[0]).resolve() for spec in s.files()]
+        models = [Path(folder).resolve() for folder in s.folders()]
+        cache = [Path(s.reference_cache).resolve()] if s.reference_cache else []
+        cleared = {out / name for name in ("final", "adapter", "checkpoint")}
+        for path in (*files, *models, *cache):
+            if path in models and out.is_relative_to(path):
+                raise InputError(f"--out_dir={self.path} lies in the model folder {path}; name another.")
+            if path in files and path.parent == out or not cleared.isdisjoint((path, *path.parents)):
+                raise InputError(f"--out_dir={self.path} would overwrite {path}, which is read; "
                                  f"name another.")
 
     def recorded(self):
@@ -87,7 +81,7 @@ class OutDir:
     @contextlib.contextmanager
     def locked(self):
         """out_dir belongs to one run at a time. The first rank takes the lock, then shares it with the
-        others: it is free when the last of them is gone. The system frees it whatever happens."""
+        others: it is free when the last of them is gone, for the system frees it whatever happens."""
         with contextlib.ExitStack() as stack:
             self.ranks.wait()        # where this process made another run before: all ranks have left that
             self.ranks.on_first(lambda: self.lock(stack))
@@ -115,10 +109,9 @@ class OutDir:
     # -- where to go on -------------------------------------------------------------------------------
 
     def begin(self, settings, steps, tensors):
-        """A checkpoint's state, read into `tensors`; START for a new run; None for a finished one.
+        """A checkpoint's state, read into tensors(state); START for a new run; None for a finished one.
 
-        settings: the resolved ones. InputError names what is not as in the run that out_dir holds.
-        tensors(state): {name: tensor} to read a checkpoint into, asked for only when there is one.
+        settings: the resolved ones; InputError names what is not as in the run that out_dir holds.
         """
         state = dict(START)
         self.before = self.ranks.on_first(self.recorded)      # again: another run may have been here before
@@ -169,15 +162,12 @@ class OutDir:
         for folder in reversed(self.checkpoints()):
             try:
                 read_state(folder)
-            except InputError as error:
-                damage.append(error)
-            else:
-                for error in damage:
-                    print(f"note: {error}", flush=True)
                 return folder
-        if damage:
-            raise damage[0]
-        return None
+            except InputError as error:
+                print(f"note: {error}", flush=True)
+                damage.append(error)
+        for error in damage:
+            raise error
 
     def load(self, folder, tensors):
         """Read a checkpoint into tensors(state) in place, on any number of ranks; returns its state."""
@@ -251,18 +241,17 @@ class OutDir:
         weights: an iterator that gathers tensors from all ranks. So those that do not write take part in
         it too, as does the first one after it has failed.
         """
-        failed = None
-        with self.written_aside(self.path / name) as aside:
+        def work():
             try:
                 if self.ranks.rank == 0:
                     write(aside, weights)
             except disk.WRITE_ERRORS as error:
-                failed = reason(error)
-            for _ in weights:
-                pass
-            failed = self.ranks.from_first(failed)
-            if failed:
-                raise OSError(failed)
+                raise OSError(reason(error)) from None
+            finally:
+                for _ in weights:
+                    pass
+        with self.written_aside(self.path / name) as aside:
+            self.ranks.on_all(work)
 
     @contextlib.contextmanager
     def written_aside(self, place):
@@ -304,8 +293,8 @@ def line_files(out):
 
 
 def read_state(folder):
-    """A checkpoint's state.json, after a look at whether all files that it lists are there and whole: torch
-    reads a missing rank's file as zeros, in silence."""
+    """A checkpoint's state.json, once all files that it lists are found whole: torch reads a missing rank's
+    file as zeros, in silence."""
     state = START | cli.read_json(folder / "state.json")
     sound = isinstance(state.get("files"), dict) and all(type(state[name]) is int for name in START)
     if not sound or state["step"] < 1:

@@ -3,10 +3,10 @@
 A script declares one dataclass. Each field says its default, what it is and which values it takes; --help,
 types and checks follow from that. There is no configuration language besides it.
 """
-import argparse
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import inspect
 import json
@@ -19,6 +19,7 @@ import sys
 import time
 import types
 import typing
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -29,12 +30,11 @@ class InputError(ValueError):
 def read_json(path, absent=None):
     """The JSON object in a file, or `absent` where there is no file; InputError names the file."""
     try:
-        with open(path, "rb") as file:
-            value = json.loads(file.read().decode())
+        value = json.loads(Path(path).read_bytes().decode())
     except FileNotFoundError:
-        if absent is not None:
-            return absent
-        raise InputError(f"{path} is missing.") from None
+        if absent is None:
+            raise InputError(f"{path} is missing.") from None
+        return absent
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:       # also: no UTF-8, nested too deeply, too many digits
@@ -52,8 +52,7 @@ def setting(default, text, least=None, above=None, most=None, choices=None, grou
 
     group: its heading in --help, which also holds for the fields after it.
     """
-    said = {"text": text, "least": least, "above": above, "most": most, "below": below, "choices": choices,
-            "group": group}
+    said = dict(text=text, least=least, above=above, most=most, below=below, choices=choices, group=group)
     said = {key: value for key, value in said.items() if value is not None}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=said)
@@ -129,26 +128,24 @@ def convert(text, kind, optional=False):
         return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
     if typing.get_origin(kind) is list:
         return [convert(part.strip(), typing.get_args(kind)[0]) for part in text.split(",") if part.strip()]
-    if kind is int and re.search("[.eE]", text):            # 1e3 is a whole number, 1.5 is not
-        if float(text) != int(float(text)):
-            raise ValueError(text)
+    if kind is int and re.search("[.eE]", text) and float(text).is_integer():       # 1e3 is a whole number
         return int(float(text))
     return kind(text)
 
 
-ELSEWHERE = {      # what transformers and PEFT call them
-    "learning_rate": "lr", "max_grad_norm": "grad_clip", "max_steps": "steps", "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "micro_batch_size", "eval_steps": "eval_every", "save_steps": "save_every",
-    "gradient_checkpointing": "checkpoint_activations", "lora_r": "lora_rank", "num_return_sequences": "k"}
+ELSEWHERE = {      # what transformers, TRL and PEFT call them
+    "model_name_or_path": "model", "model_path": "model", "learning_rate": "lr", "max_grad_norm": "grad_clip",
+    "max_steps": "steps", "num_train_epochs": "epochs", "per_device_train_batch_size": "micro_batch_size",
+    "eval_steps": "eval_every", "save_steps": "save_every", "num_return_sequences": "k",
+    "gradient_checkpointing": "checkpoint_activations", "lora_r": "lora_rank"}
 
 
 def nearest(key, names):
-    """The one of `names` that `key` may have meant, or None. One or two letters alone say nothing."""
+    """[the one of `names` that `key` may have meant], or []."""
     key = key.replace("-", "_").lower()
-    close = [name for name in names if name == ELSEWHERE.get(key)]
-    close += difflib.get_close_matches(key, names, 1, cutoff=0.7)
-    close += [name for name in names if min(len(name), len(key)) >= 3 and (name in key or key in name)]
-    return close[0] if close else None
+    if ELSEWHERE.get(key) in names:
+        return [ELSEWHERE[key]]
+    return difflib.get_close_matches(key, names, 1, cutoff=0.7)
 
 
 def help_text(cls):
@@ -173,22 +170,21 @@ def parse(cls, arguments):
     if "-h" in arguments or "--help" in arguments:
         print(help_text(cls))
         sys.exit(0)
-    fields, given = described(cls), {}
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in fields:                 # read as text: the messages below say more than argparse's
-        parser.add_argument(f"--{name}", nargs="?", action="append", default=argparse.SUPPRESS)
-    found, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        match = re.match(r"--([A-Za-z_][\w-]*)(=|$)", unknown[0])
+    fields, given, words = described(cls), {}, list(arguments)
+    while words:
+        word = words.pop(0)
+        match = re.fullmatch(r"--([A-Za-z_][\w-]*)(=.*)?", word, re.DOTALL)
         if not match:
-            raise InputError(f"cannot read the argument {unknown[0]!r}: write --key=value.")
-        near = nearest(match[1], fields)
-        hint = f"did you mean --{near}?" if near else "--help lists them."
-        raise InputError(f"there is no setting --{match[1]}; {hint}")
-    for name, texts in vars(found).items():
-        text, kind, optional = texts[0], fields[name]["kind"], fields[name]["optional"]
-        if len(texts) > 1:
+            raise InputError(f"cannot read the argument {word!r}: write --key=value.")
+        name, text = match[1], match[2] and match[2][1:]
+        if name not in fields:
+            hints = [f"did you mean --{near}?" for near in nearest(name, fields)] or ["--help lists them."]
+            raise InputError(f"there is no setting --{name}; {hints[0]}")
+        if name in given:
             raise InputError(f"--{name} is given twice.")
+        kind, optional = fields[name]["kind"], fields[name]["optional"]
+        if text is None and words and not words[0].startswith("--"):
+            text = words.pop(0)
         if text is None and kind is not bool:
             raise InputError(f"--{name} needs a value: --{name}=….")
         try:
@@ -232,19 +228,15 @@ def run(main, cls):
 # Progress
 
 def duration(seconds):
-    seconds = int(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    """1:02:03, with days before it where they are due."""
+    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 class StepLine:
     """Progress of long work: rewritten in place on a terminal, printed now and then elsewhere."""
 
-    def __init__(self, total, label, every=10.0, enabled=True):
-        self.total, self.label, self.every, self.enabled = total, label, every, enabled
+    def __init__(self, total, label, enabled=True):
+        self.total, self.label, self.enabled = total, label, enabled
         self.start, self.last, self.first, self.width = time.monotonic(), -1e9, 0, 0
 
     def resume_at(self, done):
@@ -254,13 +246,11 @@ class StepLine:
     def update(self, done, text=""):
         """Show that `done` of the total are finished; `text` is put after the count."""
         now, on_terminal = time.monotonic(), sys.stdout.isatty()
-        if not self.enabled or (done < self.total and now - self.last < (0.2 if on_terminal else self.every)):
+        if not self.enabled or done < self.total and now - self.last < (0.2 if on_terminal else 10):
             return
-        self.last = now
-        elapsed = now - self.start
+        self.last, elapsed = now, now - self.start
         left = elapsed / max(done - self.first, 1) * (self.total - done)
-        clock = f"{duration(elapsed)} < {duration(left)}" if done < self.total else duration(elapsed)
-        line = f"{self.label} {done}/{self.total} [{clock}] {text}"
+        line = f"{self.label} {done}/{self.total} [{duration(elapsed)} < {duration(left)}] {text}"
         if not on_terminal:
             print(line, flush=True)
             return

@@ -1,8 +1,9 @@
 """config.json: what each family of models calls its fields and tensors, read into one vocabulary.
 
 A family that computes as Llama does is a row of FAMILIES. Each field of a file is implemented, known to be
-without effect, or refused by name.
+without effect, or refused by name because it changes the mathematics; what is left is named on stderr.
 """
+import functools
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,8 +37,10 @@ class Config:
     rope_theta: float
     rotary_dims: int                   # how many of the head's dimensions turn
     rope_scaling: dict | None          # {"rope_type": "linear" | "llama3", …}
-    attention_bias: bool = False
+    attention_bias: bool = False       # of q, k and v
+    output_bias: bool = False          # of the attention's last layer
     mlp_bias: bool = False
+    qk_norm: bool = False              # RMSNorm on each head of q and k, before they turn
     parallel_residual: bool = False    # attention and MLP read the same input
     sliding_window: int | None = None  # a token sees the last `sliding_window` positions, itself included
     reward_head: bool = False          # the head gives one number per token instead of logits
@@ -51,7 +54,8 @@ class Config:
 class Family:
     """A model_type of config.json."""
     scorer: str                        # the architecture with a head of one number, for reward models
-    fields: dict                       # our field -> (its name in config.json, what its absence means)
+    fields: dict                       # our field -> (its name in config.json, what its absence means);
+                                       # the name is None where the family always has this value
     modules: dict                      # our module -> its name in the checkpoint; * is the layer
     is_neox: bool = False              # q, k, v in one matrix; LayerNorm; no gate in the MLP
 
@@ -66,6 +70,11 @@ LLAMA_FIELDS = FIELDS | {
     "activation": ("hidden_act", "silu"), "norm_eps": ("rms_norm_eps", 1e-6),
     "rope_theta": ("rope_theta", 1e4),
 }
+QWEN_FIELDS = LLAMA_FIELDS | {
+    "kv_heads": ("num_key_value_heads", 32), "context": ("max_position_embeddings", 32768),
+    "sliding_window": ("sliding_window", 4096), "use_window": ("use_sliding_window", False),
+    "window_from": ("max_window_layers", 28),
+}
 LLAMA_MODULES = {
     "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
     "blocks.*.norm1": "model.layers.*.input_layernorm",
@@ -79,6 +88,11 @@ FAMILIES = {
     "mistral": Family("MistralForSequenceClassification", LLAMA_FIELDS | {
         "kv_heads": ("num_key_value_heads", 8), "context": ("max_position_embeddings", 131072),
         "sliding_window": ("sliding_window", 4096)}, LLAMA_MODULES),
+    "qwen2": Family("Qwen2ForSequenceClassification", QWEN_FIELDS | {
+        "attention_bias": (None, True), "output_bias": (None, False)}, LLAMA_MODULES),
+    "qwen3": Family("Qwen3ForSequenceClassification", QWEN_FIELDS | {
+        "head_dim": ("head_dim", 128), "attention_bias": ("attention_bias", False), "qk_norm": (None, True)},
+        LLAMA_MODULES | {f"blocks.*.attention.{x}_norm": f"model.layers.*.self_attn.{x}_norm" for x in "qk"}),
     "gpt_neox": Family("GPTNeoXForSequenceClassification", FIELDS | {
         "activation": ("hidden_act", "gelu"), "norm_eps": ("layer_norm_eps", 1e-5),
         "rope_theta": ("rotary_emb_base", 1e4), "rotary_share": ("rotary_pct", 0.25),
@@ -97,7 +111,20 @@ HARMLESS = set("""
     pad_token_id unk_token_id initializer_range use_cache pretraining_tp classifier_dropout return_dict
     output_hidden_states output_attentions id2label label2id reward_shift problem_type chunk_size_feed_forward
     is_decoder tokenizer_class num_labels task_specific_params _attn_implementation_autoset
-    attn_implementation gradient_checkpointing rope_scaling rope_parameters""".split())
+    attn_implementation gradient_checkpointing rope_scaling rope_parameters layer_types max_window_layers
+    is_llama_config max_sequence_length unsloth_fixed unsloth_version custom_pipelines""".split())
+# What relatives of Llama in transformers compute otherwise: refused, unless false, empty or NEUTRAL.
+CHANGING = set("""
+    quantization_config rope_interleaved rope_interleave rope_dim rotary_dim partial_rotary_factor
+    no_rope_layers no_rope_layer_interval use_sliding_window sliding_window_pattern attention_chunk_size
+    cross_attention_layers use_bidirectional_attention position_embedding_type alibi use_logn_attn
+    use_dynamic_ntk attn_temperature_tuning attention_multiplier query_pre_attn_scalar attn_logit_softcapping
+    final_logit_softcapping logit_scale logits_scaling residual_multiplier embedding_multiplier key_multiplier
+    lm_head_multiplier mlp_multipliers scale_emb scale_depth dim_model_base mup_width_scale
+    qk_layernorm qk_norm use_qk_norm clip_qkv qkv_bias use_qkv_bias use_bias bias add_bias_linear
+    num_experts num_local_experts n_routed_experts moe_num_experts num_experts_per_tok moe_intermediate_size
+    mlp_only_layers kv_lora_rank q_lora_rank use_post_norm use_sandwich_norm""".split())
+NEUTRAL = dict.fromkeys(("logit_scale", "logits_scaling", "residual_multiplier", "embedding_multiplier"), 1)
 DROPOUTS = {"attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
 ROPE_TYPES = {"default": (), "linear": ("factor",), "llama3": (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
@@ -106,15 +133,17 @@ LARGEST = 2 ** 28          # no size is larger: the bytes of a matrix of two of 
 # What a field may be, and in words.
 SIZE = (lambda value: type(value) is int and 0 < value <= LARGEST, f"a positive integer up to {LARGEST:,}")
 FEW = (lambda value: type(value) is int and 0 < value <= 1024, "a positive integer up to 1,024")
+COUNT = (lambda value: type(value) is int and 0 <= value <= LARGEST, "a whole number from 0")
 MAYBE = (lambda value: value is None or SIZE[0](value), SIZE[1])
 NUMBER = (lambda value: type(value) in (int, float) and 0 < value < 1e30, "a positive number")
 SHARE = (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number between 0 and 1")
 FLAG = (lambda value: isinstance(value, bool), "true or false")
 NAME = (lambda value: str(value) in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
 KINDS = {      # all others: SIZE
-    "layers": FEW, "kv_heads": MAYBE, "head_dim": MAYBE, "sliding_window": MAYBE, "activation": NAME,
-    "norm_eps": NUMBER, "rope_theta": NUMBER, "rotary_share": SHARE,
-    **dict.fromkeys(("tied", "attention_bias", "mlp_bias", "parallel_residual"), FLAG),
+    "layers": FEW, "kv_heads": MAYBE, "head_dim": MAYBE, "sliding_window": MAYBE, "window_from": COUNT,
+    "activation": NAME, "norm_eps": NUMBER, "rope_theta": NUMBER, "rotary_share": SHARE,
+    **dict.fromkeys(("tied", "attention_bias", "output_bias", "mlp_bias", "qk_norm", "use_window",
+                     "parallel_residual"), FLAG),
 }
 
 
@@ -160,15 +189,45 @@ def read_fields(raw, family, where):
         for ours, (field, default) in family.fields.items():
             value = raw.get(field, default) if inside.get(ours) is None else inside[ours]
             values[ours] = checked(value, KINDS.get(ours, SIZE))
-        known = HARMLESS | DROPOUTS | {name for name, _ in family.fields.values()}
         # transformers 4 writes GPT-NeoX's rotary fields under both of their names.
         same = {"rope_theta": values["rope_theta"], "partial_rotary_factor": values["rotary_share"]}
-        for field, value in (*raw.items(), ("partial_rotary_factor", share)):
-            if field not in known and value not in (None, False, same.get(field)):
+        known, changing = names_of(family), CHANGING.union(*map(names_of, FAMILIES.values()))
+        other = {field: value for field, value in (*raw.items(), ("partial_rotary_factor", share))
+                 if value and field not in known and value != (NEUTRAL | same).get(field)}
+        for field, value in other.items():      # noqa: B007 (both are told below)
+            if field in changing:
                 raise ValueError(f"this field is not implemented for {raw['model_type']}")
     except ValueError as error:
         raise InputError(f"{where}: {field!r:.60} is {value!r:.60}; {error}.") from None
+    if other:
+        note(f"{where}: {', '.join(map(repr, other)):.300} not known here, taken as without effect.")
     return values, scaling
+
+
+def names_of(family):
+    """The fields of a config.json that are read for this family, or are without effect for all."""
+    return HARMLESS | DROPOUTS | {name for name, _ in family.fields.values()}
+
+
+@functools.cache
+def note(text):
+    """Say it on stderr, once however often a file is read."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def read_window(raw, values, where):
+    """How many positions a token sees, in all layers; None for all positions."""
+    has_switch = "use_window" in values          # Qwen: whether, and from which layer on, the window counts
+    used, first = values.pop("use_window", True), values.pop("window_from", 0)
+    window = values.get("sliding_window") if used and first < values["layers"] else None
+    if window and first:
+        raise InputError(f"{where}: 'max_window_layers' is {first}; a sliding_window in the layers after "
+                         "these alone is not implemented.")
+    kinds, kind = raw.get("layer_types"), "sliding_attention" if window and has_switch else "full_attention"
+    if kinds and (not isinstance(kinds, list) or any(other != kind for other in kinds)):
+        raise InputError(f"{where}: 'layer_types' is {kinds!r:.60}; only {kind!r} in all layers is "
+                         "implemented here.")
+    return window
 
 
 def parse_config(raw, where="config"):
@@ -191,12 +250,14 @@ def parse_config(raw, where="config"):
                          f"{values['rotary_dims']} rotary dimensions; an even number is needed.")
     for field in sorted(DROPOUTS & raw.keys()):
         if raw[field]:
-            print(f"note: {where}: {field} is {raw[field]!r:.60}; it is not applied.", file=sys.stderr)
+            note(f"{where}: {field} is {raw[field]!r:.60}; it is not applied.")
     reward_head, names = family.scorer in str(raw.get("architectures")), raw.get("id2label")
     labels = raw.get("num_labels", len(names) if isinstance(names, dict) else 2)      # as transformers
     if reward_head and labels != 1:
         raise InputError(f"{where}: a {family.scorer} with {labels!r:.60} labels; a reward model has one.")
-    values |= {"tied": values["tied"] and not reward_head, "mlp_bias": values.get("mlp_bias", family.is_neox)}
+    values |= {"tied": values["tied"] and not reward_head, "mlp_bias": values.get("mlp_bias", family.is_neox),
+               "output_bias": values.get("output_bias", values.get("attention_bias", False)),
+               "sliding_window": read_window(raw, values, where)}
     return Config(raw["model_type"], raw, **values, rope_scaling=scaling, reward_head=reward_head)
 
 

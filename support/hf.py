@@ -49,14 +49,14 @@ def files_of(folder):
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise InputError(f"{index}: weight_map is missing or no object.")
-        for name in listed.values():       # os.path.isfile is False, too, for a name that no file can have
-            if type(name) is not str or name != os.path.basename(name) or not os.path.isfile(folder / name):
+        here = [path.name for path in folder.iterdir()]
+        for name in listed.values():
+            if name not in here:
                 raise InputError(f"{index}: weight_map has {name!r:.60}, which is not a file of this folder.")
         return [folder / name for name in dict.fromkeys(listed.values())]
     if single.exists():
         return [single]
-    pickles = (".bin", ".pt", ".pth", ".ckpt")
-    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in pickles)
+    pickled = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickled:
         raise InputError(
             f"{folder} holds only pickled weights ({pickled[0]}), which can run code when read; convert them "
@@ -92,8 +92,8 @@ def check(tensors, wanted, spare, folder):
             raise InputError(f"{path}: {name!r} is stored as {dtype}; {', '.join(DTYPES)} can be read.")
     missing = [name for name in wanted if name not in tensors]
     if missing:
-        raise InputError(f"{folder} lacks the tensor {missing[0]!r}, which config.json asks for" +
-                         (f" (and {len(missing) - 1} more)." if len(missing) > 1 else "."))
+        raise InputError(f"{folder} lacks the tensor {missing[0]!r}, which config.json asks for "
+                         f"({len(missing)} of {len(wanted)} are missing).")
 
 
 def read_tensors(tensors, rows=lambda name: slice(None)):

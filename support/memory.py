@@ -10,7 +10,6 @@ Letters: N tokens of a micro-batch's forest, c and m bytes of a number in the co
 """
 import copy
 import os
-from dataclasses import dataclass
 
 import torch
 
@@ -23,30 +22,22 @@ QUERY_BLOCK = 256              # tokens that attention reads at a time, as fores
 P_TOKENS = 64                  # of the refinement prompt, which is some forty words
 LIBRARIES = 100 << 20          # bytes that are first loaded in a step or a save
 HOLES = 0.25                   # of what comes and goes: room that the next step's tensors do not fit into
+SURE = 1.2                     # times what is there: more than that is refused
 GIB = 2 ** 30
 
 
-@dataclass(frozen=True)
 class Shape:
-    """What a network's memory follows from: numbers of parameters, and numbers per token."""
-    whole: int                     # parameters in all
-    block: int                     # parameters of a block
-    layers: int
-    flow: int                      # in and out of a block's linear layers; adapters have rank times as many
-    kv: int                        # keys and values of one layer
-    width: int
-    vocab: int
-    context: int                   # tokens that the model was trained for
+    """What a Transformer's memory follows from; the network itself need not have any."""
 
-    @classmethod
-    def of(cls, net):
-        """Of a Transformer, with memory or without."""
-        config, block = net.config, list(net.blocks[0].parameters())
-        return cls(whole=sum(weight.numel() for weight in net.parameters()),
-                   block=sum(weight.numel() for weight in block), layers=config.layers,
-                   flow=sum(sum(weight.shape) for weight in block if weight.dim() == 2),
-                   kv=2 * config.kv_heads * config.head_dim, width=config.width, vocab=config.vocab_size,
-                   context=config.context)
+    def __init__(self, net):
+        block = list(net.blocks[0].parameters())
+        self.whole = sum(weight.numel() for weight in net.parameters())
+        self.block = sum(weight.numel() for weight in block)             # parameters of a block
+        # In and out of a block's linear layers; adapters have rank times as many parameters.
+        self.flow = sum(sum(weight.shape) for weight in block if weight.dim() == 2)
+        self.layers, self.width = net.config.layers, net.config.width
+        self.kv = 2 * net.config.kv_heads * net.config.head_dim          # keys and values of one layer
+        self.vocab, self.context = net.config.vocab_size, net.config.context
 
     def kept(self, length):
         """Numbers per token that a block keeps for its gradient, in sequences of `length` tokens.
@@ -57,38 +48,41 @@ class Shape:
         return 1.1 * self.flow + self.kv * (0.5 + length / 2 / QUERY_BLOCK)
 
 
-@dataclass(frozen=True)
 class Job:
     """A run's sizes in tokens, bytes and parameters; its methods say {what for: bytes on a rank}."""
-    policy: Shape
-    judge: Shape | None            # where there is one
-    adapters: int                  # parameters; 0: all weights are trained
-    frozen: int                    # parameters of reference and judge, those of one folder once
-    gathered: int                  # parameters of what samples and judges
-    online: bool
-    micro: int                     # prompts that a rank trains on at a time
-    responses: int                 # trained on after each
-    prompts: int                   # that a rank samples from in a step
-    samples: int                   # of each
-    prompt_length: int
-    response_length: int
-    c: int
-    m: int
-    states: int                    # that the optimizer keeps for each trained number
-    recompute: bool
-    ranks: int
-    shards: int                    # ranks that share one copy of the weights
 
-    @property
-    def trained(self):
-        return self.adapters or self.policy.whole
+    def __init__(self, s, shapes, compute, ranks):
+        """s: train.py's settings; shapes: {folder: Shape} of s.folders()."""
+        recipe, policy = s.recipes[s.recipe], shapes[s.model]
+        self.s, self.online, self.policy = s, recipe.online, policy
+        self.ranks, self.shards = ranks, ranks // s.replicas             # which share a copy of the weights
+        self.c = compute.itemsize
+        self.m = 8 if compute == torch.float64 else 4
+
+        length, prompt, response = s.lengths(policy.context, P_TOKENS if recipe.is_refined else 0, 1)
+        self.response = response if recipe.online else length - min(prompt, length - 1)
+        self.prompt = min(prompt, length - self.response)
+        self.prompts = -(-s.batch_size // ranks)                         # that a rank samples from in a step
+        self.samples = (s.candidates or s.k) if recipe.online else 1     # of each
+        self.micro = min(s.micro_batch_size, self.prompts)
+        self.responses = recipe.examples_per_prompt(s.k) * (1 if recipe.loss == "sft" else 2)
+
+        self.adapters = s.lora_rank * policy.layers * policy.flow        # parameters; 0: all are trained
+        reference, judge = s.frozen_folders()
+        self.judge = shapes.get(judge)
+        trained = s.model if s.lora_rank else ""      # the base under adapters is reference and judge, too
+        sampler = {"dataset": None, "policy": trained}.get(recipe.responses, reference)
+        sizes = {None: 0, "": policy.whole} | {folder: shape.whole for folder, shape in shapes.items()}
+        frozen = {None if s.reference_cache else reference, judge} - {trained}
+        self.frozen = sum(map(sizes.get, frozen))                        # parameters, of one folder once
+        self.gathered = sum(map(sizes.get, {sampler, judge})) if ranks > 1 else 0     # to sample and to judge
 
     def stays(self):
         """All the time: weights, the optimizer's state, and the frozen networks."""
-        whole = self.policy.whole
+        whole, states = self.policy.whole, 1 if self.s.optimizer == "rmsprop" else 2
         weights = whole * self.c + self.adapters * self.m if self.adapters else whole * self.m
         return {"weights": weights / self.shards,
-                "optimizer": self.states * self.trained * self.m / self.shards,
+                "optimizer": states * (self.adapters or whole) * self.m / self.shards,
                 "reference and judge": self.frozen * self.c / self.shards}
 
     def phases(self):
@@ -105,17 +99,19 @@ class Job:
     def update(self):
         """The forward and backward pass of a micro-batch."""
         policy, c, m = self.policy, self.c, self.m
-        N = self.micro * (self.prompt_length + self.responses * self.response_length)
-        block = policy.kept(self.prompt_length + self.response_length)
+        N = self.micro * (self.prompt + self.responses * self.response)
+        block, layers = policy.kept(self.prompt + self.response), policy.layers
         # With recomputation blocks keep their input, one at a time all of it. Half as much goes backwards.
-        kept = policy.layers * policy.width + 1.5 * block if self.recompute else (policy.layers + 0.5) * block
-        logits = min(self.micro * self.responses * self.response_length, HEAD_CHUNK) * policy.vocab
-        sizes = {"gradients": self.trained * m / self.shards, "activations": kept * N * c,
+        kept = (layers + 0.5) * block
+        if self.s.checkpoint_activations:
+            kept = layers * policy.width + 1.5 * block
+        logits = min(self.micro * self.responses * self.response, HEAD_CHUNK) * policy.vocab
+        sizes = {"gradients": (self.adapters or policy.whole) * m / self.shards, "activations": kept * N * c,
                  "logits": logits * (12 + c * (c < 4))}       # and their softmax and its gradient, in float32
         if not self.adapters:              # of the embedding and the head, before they are added up
             sizes["largest gradients"] = 2 * policy.vocab * policy.width * m
         if self.ranks > 1:                 # embedding, head, two blocks at a time: a buffer and the weights
-            root = policy.whole - policy.layers * policy.block
+            root = policy.whole - layers * policy.block
             sizes["gathered"] = 2 * (2 * policy.block + root) * c
             if not self.adapters:          # and their gradients before they are scattered
                 sizes["gathered"] += (policy.block + root) * (c + 4)
@@ -125,52 +121,27 @@ class Job:
 
     def sampling(self):
         """As many prompts at a time as train.py takes: their cache takes as much as the weights, or 1 GiB."""
-        tokens = self.prompt_length + self.samples * self.response_length
+        tokens = self.prompt + self.samples * self.response
         cache = self.policy.layers * self.policy.kv * self.c
         most = max(self.policy.whole * self.c, GIB)
         prompts = min(self.prompts, max(int(most // (tokens * cache)), 1))
-        return {"gathered": self.gathered * self.c if self.ranks > 1 else 0,
-                "cache": prompts * (tokens + self.prompt_length) * cache,    # prompts are laid out once more
+        return {"gathered": self.gathered * self.c,
+                "cache": prompts * (tokens + self.prompt) * cache,           # prompts are laid out once more
                 "logits": prompts * self.samples * self.policy.vocab * 16}   # sorted, probabilities, sums
 
     def judging(self):
         """The judge's forward pass over instructions, and its cache."""
-        tokens = self.prompts * 2 * self.samples * (self.prompt_length + self.response_length + P_TOKENS)
-        tokens = min(FOREST_TOKENS, tokens)
-        return {"gathered": self.gathered * self.c if self.ranks > 1 else 0,
+        asked = self.prompts * 2 * self.samples
+        tokens = min(FOREST_TOKENS, asked * (self.prompt + self.response + P_TOKENS))
+        return {"gathered": self.gathered * self.c,
                 "cache": 2 * tokens * self.judge.layers * self.judge.kv * self.c,
                 "activations": tokens * self.judge.flow * self.c}
 
     def peak(self):
-        """(bytes at the worst time, how many of them are holes, the name of that phase)."""
-        phases = self.phases()
-        worst = max(phases, key=lambda name: sum(phases[name].values()))
-        total = sum(self.stays().values()) + sum(phases[worst].values()) + LIBRARIES
-        return total, phases[worst]["holes"], worst
-
-
-def job_of(s, shapes, compute, ranks):
-    """The Job of train.py's settings `s`; shapes: {folder: Shape} of s.folders()."""
-    recipe, policy = s.recipes[s.recipe], shapes[s.model]
-    length, prompt, response = s.lengths(policy.context, P_TOKENS if recipe.is_refined else 0, 1)
-    if not recipe.online:
-        response = length - min(prompt, length - 1)
-    prompts = -(-s.batch_size // ranks)
-    masters = torch.float64 if compute == torch.float64 else torch.float32
-    reference, judge = s.frozen_folders()
-    trained = s.model if s.lora_rank else ""      # the base under adapters is reference and judge, too
-    sampler = reference if recipe.responses in ("reference", "rso") else trained if recipe.online else None
-    sizes = {None: 0, "": policy.whole} | {folder: shape.whole for folder, shape in shapes.items()}
-    frozen = {None if s.reference_cache else reference, judge} - {trained}
-    return Job(
-        policy=policy, judge=shapes.get(judge), adapters=s.lora_rank * policy.layers * policy.flow,
-        frozen=sum(map(sizes.get, frozen)), gathered=sum(map(sizes.get, {sampler, judge})),
-        online=recipe.online, micro=min(s.micro_batch_size, prompts), prompts=prompts,
-        responses=recipe.examples_per_prompt(s.k) * (1 if recipe.loss == "sft" else 2),
-        samples=(s.candidates or s.k) if recipe.online else 1, prompt_length=min(prompt, length - response),
-        response_length=response, c=compute.itemsize, m=masters.itemsize,
-        states=1 if s.optimizer == "rmsprop" else 2, recompute=s.checkpoint_activations, ranks=ranks,
-        shards=ranks // s.replicas)
+        """(bytes at the worst time, the name of that phase)."""
+        sums = {phase: sum(sizes.values()) for phase, sizes in self.phases().items()}
+        worst = max(sums, key=sums.get)
+        return sum(self.stays().values()) + sums[worst] + LIBRARIES, worst
 
 
 # From the cheapest to what changes the training.
@@ -178,7 +149,6 @@ REMEDIES = [
     {"micro_batch_size": 1},
     {"micro_batch_size": 1, "checkpoint_activations": True},
     {"lora_rank": 64},
-    {"lora_rank": 64, "micro_batch_size": 1},
     {"lora_rank": 64, "micro_batch_size": 1, "checkpoint_activations": True}]
 
 
@@ -199,12 +169,9 @@ def dry_run(s, network):
 
     s: train.py's settings; network(folder): a network without memory.
     """
-    world = os.environ.get("WORLD_SIZE", "1")
     if s.model is None:
         raise InputError("--dry_run needs a model: --model=DIR.")
-    if not world.isdigit() or int(world) < 1:
-        raise InputError(f"WORLD_SIZE={world}: a number of processes.")
-    ranks = int(world)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
     check_replicas(s.replicas, ranks)
     if s.device_memory is not None:                   # another machine's
         device, available = "cpu" if s.device == "cpu" else "cuda", s.device_memory * GIB
@@ -214,20 +181,20 @@ def dry_run(s, network):
         available = (torch.cuda.get_device_properties(0).total_memory if device == "cuda" else
                      os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / here)
     compute = torch.bfloat16 if s.dtype == "auto" and device == "cuda" else pick_dtype(s.dtype, device)
-    shapes = {folder: Shape.of(network(folder)) for folder in s.folders()}
+    shapes = {folder: Shape(network(folder)) for folder in s.folders()}
     if int(os.environ.get("RANK", "0")) == 0:
         report(s, shapes, compute, ranks, device, available)
 
 
 def report(s, shapes, compute, ranks, device, available):
     """Print the estimate; InputError where it clearly does not fit into `available` bytes."""
-    job = job_of(s, shapes, compute, ranks)
-    most, holes, worst = job.peak()
+    job = Job(s, shapes, compute, ranks)
+    most, worst = job.peak()
     adapters = f" and {job.adapters:,} of adapters" if job.adapters else ""
     replicas = f", {s.replicas} replicas" if s.replicas > 1 else ""
     print(f"{s.model}: {job.policy.whole:,} parameters{adapters}; "
           f"{s.recipe} in {str(compute)[6:]} on {ranks} × {device}{replicas}")
-    print(f"{job.micro} × ({job.prompt_length} + {job.responses} × {job.response_length}) tokens at a time\n")
+    print(f"{job.micro} × ({job.prompt} + {job.responses} × {job.response}) tokens at a time\n")
     print("GiB per rank, about")
     for name, size in job.stays().items():
         if size:
@@ -238,8 +205,8 @@ def report(s, shapes, compute, ranks, device, available):
     print(f"  {'the most, in ' + worst:<24}{most / GIB:8.2f}   "
           f"of {available / GIB:.1f}, the program itself not counted")
     if most > available:
-        advice = remedy(s, lambda other: job_of(other, shapes, compute, ranks).peak()[0] <= available)
-        if most - holes > available:
+        advice = remedy(s, lambda other: Job(other, shapes, compute, ranks).peak()[0] <= available)
+        if most > SURE * available:
             raise InputError(f"{s.recipe} of {s.model} needs about {most / GIB:.1f} GiB per rank and there "
                              f"are {available / GIB:.1f}; {advice}.")
         print(f"It may not fit; {advice}.")

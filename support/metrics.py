@@ -18,7 +18,7 @@ class Log:
         self.ranks, self.names, self.sums, self.counts, self.tokens = ranks, names, {}, {}, 0
 
     def add(self, name, values, count=None):
-        """Per-example values, a tensor of any shape or a list; their mean is over `count`, or their number."""
+        """Values, one per example: a tensor of any shape or a list. Their mean is over `count`, if given."""
         if isinstance(values, list):
             total, number = math.fsum(map(float, values)), len(values)
         else:
@@ -64,5 +64,6 @@ def shown(step, context, texts, strengths, pairs):
     """A prompt with its samples, from the best down, and the pairs made of them, for people to read."""
     order = sorted(range(len(texts)), key=lambda i: -strengths[i])
     lines = [f"  {rank}. p(y ≻ ∅) = {strengths[i]:.3f}  {texts[i]!r}" for rank, i in enumerate(order, 1)]
-    pairs = ", ".join(f"p({i + 1} ≻ {j + 1}) = {p:.3f}" for i, j, p in pairs)
-    return "\n".join([f"\nstep {step + 1}: {context!r}", *lines, f"  pairs: {pairs}  (as numbered when sampled)\n"])
+    verdicts = ", ".join(f"p({i + 1} ≻ {j + 1}) = {p:.3f}" for i, j, p in pairs)
+    last = f"  pairs: {verdicts}  (as numbered when sampled)\n"
+    return "\n".join([f"\nstep {step + 1}: {context!r}", *lines, last])

@@ -25,7 +25,7 @@ def pick_device(name):
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
-        raise InputError(f"--device={name}: this machine or this build of torch has no such device.") from None
+        raise InputError(f"--device={name}: this machine, or this build of torch, has none.") from None
     return name
 
 
@@ -51,24 +51,23 @@ class Ranks:
     @classmethod
     def start(cls, device):
         """Join the process group, where torchrun started more than one process."""
-        rank, size, local = (int(os.environ.get(name, default)) for name, default in
-                             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        if size > 1 and "RANK" not in os.environ:
+        device, size = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
+        if size == 1:
+            return cls(0, 1, device)
+        if "RANK" not in os.environ:
             raise InputError(f"WORLD_SIZE is {size}, but torchrun did not start this process; unset it.")
-        device = pick_device(device)
-        if device.startswith("cuda:") and size > 1:
+        if device.startswith("cuda:"):
             raise InputError(f"--device={device}: {size} ranks take a card each; use --device=cuda.")
-        if device == "cuda" and size > 1:
-            device = f"cuda:{local}"
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
-        if size > 1 and not dist.is_initialized():
+        rank = int(os.environ["RANK"])
+        if not dist.is_initialized():
             join("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", rank, size)
         return cls(rank, size, device)
 
     def sum(self, values):
-        """Element-wise sum over the ranks of a list of numbers."""
-        if self.size == 1:
-            return list(values)
+        """Element-wise sum over the ranks of a list of numbers, in float64."""
         total = torch.tensor(values, dtype=torch.float64)
         self.add_up(total)
         return total.tolist()
@@ -79,37 +78,33 @@ class Ranks:
             dist.all_reduce(tensor)
 
     def largest(self, value):
-        if self.size == 1:
-            return value
         total = torch.tensor(value)
-        dist.all_reduce(total, dist.ReduceOp.MAX)
+        if self.size > 1:
+            dist.all_reduce(total, dist.ReduceOp.MAX)
         return total.item()
 
     def from_first(self, value):
         """The first rank's value, on every rank."""
-        if self.size == 1:
-            return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def on_first(self, work):
-        """What work() returns on the first rank, given to all; where it fails there, all fail with its sentence."""
-        value, failed = attempt(work) if self.rank == 0 else (None, None)
-        value, failed = self.from_first((value, failed))
-        if failed is not None:
-            raise failed
-        return value
+        """What work() returns on the first rank, told to all; if it fails there, all fail with its words."""
+        return self.from_first(self.on_all(lambda: work() if self.rank == 0 else None))
 
     def on_all(self, work):
         """What work() returns on this rank; where it fails on one rank, all fail with that one's sentence."""
-        value, failed = attempt(work)
-        found = [failed]
+        value, failed = None, [None] * self.size
+        try:
+            value = work()
+        except (OSError, InputError) as error:
+            failed[self.rank] = error
         if self.size > 1:
-            found = [None] * self.size
-            dist.all_gather_object(found, failed)
-        for failed in filter(None, found):
-            raise failed
+            dist.all_gather_object(failed, failed[self.rank])
+        for error in filter(None, failed):
+            raise error
         return value
 
     def wait(self):
@@ -126,9 +121,8 @@ class Ranks:
 
 
 def join(backend, rank, size):
-    """Join the process group. torchrun keeps one store for all its tries: the second try must not find the
-    addresses of the first one's ranks. (On several nodes it counts the tries on each for itself, so there is no
-    name that all ranks would know.)"""
+    """Join the process group. torchrun keeps one store for all its tries: the second must not find the first
+    one's addresses. (On several nodes each counts its own tries: there is no name that all ranks know.)"""
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
         dist.init_process_group(backend)
         return
@@ -137,32 +131,21 @@ def join(backend, rank, size):
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
-def attempt(work):
-    """(what work() returns, None), or (None, its error) where all ranks can be told of that."""
-    try:
-        return work(), None
-    except (OSError, InputError) as error:
-        return None, error
-
-
 # ------------------------------------------------------------------------------------------------------------
 # How a run ends
 
-class LostRank(InputError):
-    """Not the user's mistake, but one sentence too; the ranks that are left say it at once."""
-    urgent = True
-
-
 @contextlib.contextmanager
 def lost_rank_named(ranks):
-    """Inside, the loss of another rank, which gloo tells in many ways, is a LostRank."""
+    """Inside, the loss of another rank, which gloo tells in many ways, is one sentence, said at once."""
     try:
         yield
     except RuntimeError as error:
-        if ranks.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise LostRank(f"rank {ranks.rank} has lost another rank, which stopped or was killed; what was "
-                           f"saved is kept.") from error
-        raise
+        if ranks.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        lost = InputError(f"rank {ranks.rank} has lost another rank, which stopped or was killed; what was "
+                          f"saved is kept.")
+        lost.urgent = True
+        raise lost from error
 
 
 class StopSignal:
@@ -188,7 +171,7 @@ def stop_signal():
 
 
 def leave_with(parent):
-    """End this process when `parent`, the torchrun that started it, is gone: an orphan must not go on writing."""
+    """End this process once `parent`, the torchrun that started it, is gone: no orphan may go on writing."""
     def watch():
         while os.getppid() == parent:
             time.sleep(0.2)
@@ -197,11 +180,8 @@ def leave_with(parent):
 
 
 def launch(main, settings):
-    """The body of a script that torchrun starts: cli.run, and an end that a rank survives.
-
-    A rank leaves at once: a thread of gloo may still hold the last tensor that it sent, and to let go of it while
-    Python shuts down aborts a run that went well ("terminate called without an active exception", status -6).
-    """
+    """cli.run, then an end that a rank survives: at once, for gloo may still hold the last tensor that it
+    sent, and letting go of it while Python shuts down aborts a run that went well (status -6)."""
     status = 0
     try:
         cli.run(main, settings)

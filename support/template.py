@@ -1,4 +1,4 @@
-"""A folder's own chat template: messages to text as Jinja renders them, and to ids with contents as plain text.
+"""A folder's own chat template: messages to text as Jinja renders it, and to ids, contents as plain text.
 
     template = read_template(folder)                          None where the folder has none
     template.text(messages, ask=True)                         what transformers' apply_chat_template renders
@@ -8,20 +8,18 @@ To know which special strings are the template's and which a message's, each con
 private-use characters, which are taken out again. jinja2 comes with torch.
 """
 import datetime
+import functools
 import json
 import re
 
 from support.cli import InputError, read_json
+from support.rows import Unusable
 
 OPEN, CLOSE = "\ue0f5", "\ue0f6"        # private-use characters: a text that holds one is rendered unmarked
 
 
-class Refusal(ValueError):
-    """The template refuses these messages; the message is what it says."""
-
-
 def read_template(folder):
-    """The ChatTemplate of a model folder, from chat_template.jinja or tokenizer_config.json; None: it has none."""
+    """The ChatTemplate of a folder, from chat_template.jinja or tokenizer_config.json; None: it has none."""
     config = read_json(folder / "tokenizer_config.json", absent={})
     source, path = config.get("chat_template"), folder / "chat_template.jinja"
     if path.is_file():
@@ -32,8 +30,8 @@ def read_template(folder):
         return None
     special = read_json(folder / "special_tokens_map.json", absent={}) | config
     tokens = {name: value.get("content") if isinstance(value, dict) else value
-              for name, value in special.items() if name.endswith("_token")}
-    return ChatTemplate(source, {name: text for name, text in tokens.items() if isinstance(text, str)}, str(folder))
+              for name, value in special.items() if name.endswith("_token") and value}
+    return ChatTemplate(source, tokens, str(folder))
 
 
 class ChatTemplate:
@@ -47,10 +45,11 @@ class ChatTemplate:
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
             raise InputError(f"{where} needs jinja2, which torch requires: pip install jinja2.") from None
-        self.source, self.special_tokens, self.errors = source, special_tokens, jinja2.exceptions.TemplateError
+        self.source, self.special_tokens = source, special_tokens
+        self.errors = jinja2.exceptions.TemplateError
         self.now = now or datetime.datetime.now()
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         env.globals |= {"raise_exception": self.refuse, "strftime_now": self.now.strftime}
         try:
             self.template = env.from_string(source)
@@ -59,17 +58,17 @@ class ChatTemplate:
 
     @staticmethod
     def refuse(reason):
-        raise Refusal(reason)
+        raise Unusable(reason)
 
     def text(self, messages, ask=True):
-        """The rendered text; ask: with the mark that an answer follows. Refusal: it does not take them."""
+        """The rendered text; ask: with the mark that an answer follows. Unusable: it does not take them."""
         try:
             return self.template.render(messages=messages, add_generation_prompt=ask, **self.special_tokens)
         except (self.errors, TypeError, ValueError, LookupError) as error:
-            raise Refusal(f"the chat template refuses the dialogue: {error}") from None
+            raise Unusable(f"the chat template refuses it: {error}") from None
 
     def marked(self, messages, ask=True):
-        """(text, [(start, end)] of the contents in it). Without spans where marking changes more than the marks."""
+        """(text, [(start, end)] of the contents in it); no spans where marking changes more than the marks."""
         plain = self.text(messages, ask)
         if any(OPEN in one["content"] or CLOSE in one["content"] for one in messages):
             return plain, []
@@ -86,7 +85,21 @@ class ChatTemplate:
     def ids(self, tokenizer, messages, ask=True):
         """Token ids of the rendered text: special strings are ids where the template wrote them alone."""
         text, spans = self.marked(messages, ask)
-        return encode_outside(tokenizer, text, spans)
+        return self.encode(tokenizer, text, spans)
+
+    @staticmethod
+    def encode(tokenizer, text, spans):
+        """Ids of a text whose special strings count as such only outside of the spans."""
+        names = sorted((name for name in tokenizer.special_ids if name), key=len, reverse=True)
+        ids, done = [], 0
+        for match in re.finditer("|".join(map(re.escape, names)), text) if names else ():
+            if any(start < match.end() and match.start() < end for start, end in spans):
+                continue
+            if match.start() > done:
+                ids += tokenizer.encode(text[done:match.start()])
+            ids.append(tokenizer.special_ids[match[0]])
+            done = match.end()
+        return ids + (tokenizer.encode(text[done:]) if done < len(text) else [])
 
 
 def enclosed(message):
@@ -97,17 +110,3 @@ def enclosed(message):
         return message
     start = content.index(inner)
     return message | {"content": content[:start] + OPEN + inner + CLOSE + content[start + len(inner):]}
-
-
-def encode_outside(tokenizer, text, spans):
-    """Ids of a text whose special strings count as such only outside of the spans."""
-    names = sorted((name for name in tokenizer.special_ids if name), key=len, reverse=True)
-    ids, done = [], 0
-    for match in re.finditer("|".join(map(re.escape, names)), text) if names else ():
-        if any(start < match.end() and match.start() < end for start, end in spans):
-            continue
-        if match.start() > done:
-            ids += tokenizer.encode(text[done:match.start()])
-        ids.append(tokenizer.special_ids[match[0]])
-        done = match.end()
-    return ids + (tokenizer.encode(text[done:]) if done < len(text) else [])

@@ -2,7 +2,8 @@
 
     tokenizer.model, sentencepiece     Llama 2, TinyLlama, Mistral, stories260K    class SentencePiece
     tokenizer.model, tiktoken lines    Llama 3                                     class BytePair
-    tokenizer.json, byte-level BPE     GPT-NeoX / Pythia, Llama 3                  class BytePair
+    tokenizer.json, byte-level BPE     Pythia, Llama 3, Qwen, SmolLM               class BytePair
+    tokenizer.json, of sentencepiece   Llama 2, Mistral saved by transformers 5    class SpacedBytePair
 
 sentencepiece and tiktoken do the work. Text never turns into a special id: `</s>` in a data file is four
 ordinary characters. Only our own code puts special ids in, by name, from `special_ids`.
@@ -19,10 +20,12 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import regex
 import sentencepiece
 import tiktoken
 
 from support.cli import InputError, read_json
+from support.template import read_template
 
 # What a saved model folder takes over from the folder it was trained from.
 FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -60,7 +63,9 @@ def reading(place):
         raise
     except (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         kind = "" if type(error) in (RuntimeError, ValueError) else f"{type(error).__name__}: "
-        reason = " ".join(str(error).split()).rstrip(".")
+        # sentencepiece quotes the file's own bytes, control characters among them
+        reason = "".join(char if char.isprintable() else " " for char in str(error))
+        reason = " ".join(reason.split()).rstrip(".")
         raise InputError(f"{place} cannot be used: {kind}{reason:.200}.") from error
 
 
@@ -76,12 +81,12 @@ class Tokenizer:
     encode(text) -> list[int]          a text that stands alone; no BOS, no EOS, never a special id
     encode_after(text) -> list[int]    a text that continues another one: without a word-start of its own
     bos_id (or None), eos_id           eos_id is the one used in training
-    adds_bos                           whether the family puts BOS in front of every sequence
+    adds_bos                           whether the family puts BOS before every sequence
     stop_ids                           set of the ids at which sampling stops; eos_id is one
     special_ids                        {name: id} of the tokens that only our own code may insert
     vocab_size                         highest id + 1; a model may have more rows (Pythia: 50,304 for 50,277)
     files                              Paths of the tokenizer's files, to be copied beside saved weights
-    chat_template                      whether the folder has one
+    chat_template                      the folder's ChatTemplate, or None
 
     Lone surrogates, which are no text, are read as U+FFFD.
     """
@@ -113,8 +118,7 @@ class Tokenizer:
             self.pieces[id] = b""
         self.vocab_size = max(self.pieces) + 1
         self.files = sorted(file for name in FILES for file in self.folder.glob(name) if file.is_file())
-        self.chat_template = (bool(config.get("chat_template"))
-                              or any(file.name.startswith("chat_template") for file in self.files))
+        self.chat_template = read_template(self.folder)
 
     def read_added_tokens(self, tokens):
         """Tokens that fine-tuning added (`<|im_start|>`): only tokenizer_config.json names them."""
@@ -148,7 +152,7 @@ class Tokenizer:
             return [checked_id(id) for id in ids]
 
     def prefix(self, empty):
-        """The ids in front of a sequence. Without BOS an empty prompt still needs one to predict from."""
+        """The ids before a sequence. Without BOS an empty prompt still needs one to predict from."""
         if self.adds_bos:
             return [self.bos_id]
         return [self.eos_id if self.bos_id is None else self.bos_id] if empty else []
@@ -168,7 +172,7 @@ class Tokenizer:
     def decode(self, ids, continues=False):
         """The text of ids. Special ids and ids without a piece read as nothing, broken UTF-8 as U+FFFD.
 
-        continues=True: the text as it stands after a prompt, which may be put in front of it as it is.
+        continues=True: the text as it stands after a prompt, which may be put before it as it is.
         Otherwise the space of sentencepiece's word-start is taken off again.
         """
         stream = self.stream(continues)
@@ -220,7 +224,7 @@ class SentencePiece(Tokenizer):
 
     def __init__(self, path, content):
         self.alone = model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        # sentencepiece puts a word-start (▁) in front of every text. In a protobuf what comes later overrules
+        # sentencepiece puts a word-start (▁) before every text. In a protobuf what comes later overrules
         # what stood before, so these bytes switch that off: normalizer_spec.add_dummy_prefix = false.
         self.after = sentencepiece.SentencePieceProcessor(model_proto=content + b"\x1a\x02\x18\x00")
         pieces, special_ids = {}, {}
@@ -274,29 +278,42 @@ NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}      # GPT-NeoX has no tokens 
 
 
 class BytePair(Tokenizer):
-    """Byte-level BPE: a regex cuts out words, tiktoken merges their bytes, the lowest rank first."""
+    """Byte-level BPE: regexes cut out words, tiktoken merges their bytes, the lowest rank first."""
 
-    def __init__(self, path, words, pieces, order, special_ids, raw=None, normalized=None, nfc=False, **ends):
-        """words: the regex; pieces: {id: bytes}; order: the ids that text can become, by rank.
+    def __init__(self, path, patterns, ranked, pieces, special_ids, raw=None, normalized=None, nfc=False,
+                 drops_bytes=False, **ends):
+        """patterns: the regexes, each for the pieces that the one before has left; the last is tiktoken's.
+        ranked: {bytes: the ids that they become}, by rank. pieces: {id: bytes}.
 
         raw, normalized: {text: id} of the added tokens that are looked for in text before anything else, the
         longest first; those in `raw` before NFC normalization, the others after it.
+        drops_bytes: bytes without a token are left out, after words are cut and before bytes are merged.
         """
-        self.path, self.order, self.nfc = path, order, nfc
+        self.path, self.ids, self.nfc = path, list(ranked.values()), nfc
         self.raw, self.normalized = raw or {}, normalized or {}
         self.split_raw, self.split_normalized = splitter(self.raw), splitter(self.normalized)
-        ranks = {pieces[id]: rank for rank, id in enumerate(order)}
-        missing = [byte for byte in range(256) if bytes([byte]) not in ranks and byte not in NEVER_IN_UTF8]
-        if missing:
-            raise ValueError(f"it has no token for the byte 0x{missing[0]:02x} ({len(missing)} are missing)")
-        self.encoding = tiktoken.Encoding(path.name, pat_str=words, mergeable_ranks=ranks, special_tokens={})
+        self.missing = bytes(byte for byte in range(256)
+                             if bytes([byte]) not in ranked and byte not in NEVER_IN_UTF8)
+        if self.missing and not drops_bytes:
+            raise ValueError(f"it has no token for the byte 0x{self.missing[0]:02x} "
+                             f"({len(self.missing)} are missing)")
+        ranks = {piece: rank for rank, piece in enumerate(ranked)}
+        self.encoding = tiktoken.Encoding(path.name, pat_str=patterns[-1], mergeable_ranks=ranks,
+                                          special_tokens={})
+        self.cuts = list(map(compiled, patterns[:-1]))
+        self.words = compiled(patterns[-1]) if self.missing else None
         pieces = pieces | {id: text.encode() for text, id in (self.raw | self.normalized).items()}
-        pieces |= dict.fromkeys(special_ids.values(), b"")
-        super().__init__(path, pieces, special_ids, **ends)
+        super().__init__(path, pieces | dict.fromkeys(special_ids.values(), b""), special_ids, **ends)
 
     def encode(self, text):
+        return self.encode_parts(self.split_raw(without_surrogates(text)))
+
+    encode_after = encode       # a space is a byte like any other here: nothing is put before a text
+
+    def encode_parts(self, parts):
+        """The ids of a text that is cut at the added tokens of `raw`."""
         ids = []
-        for part in self.split_raw(without_surrogates(text)):
+        for part in parts:
             if part in self.raw:
                 ids.append(self.raw[part])
                 continue
@@ -308,16 +325,75 @@ class BytePair(Tokenizer):
                         ids += self.merge(plain[start:start + LONGEST])
         return ids
 
-    encode_after = encode       # a space is a byte like any other here: nothing is put in front of a text
-
     def merge(self, text):
         """The ids of a text without added tokens."""
+        content = text.encode()
+        encode = self.encoding.encode_ordinary
+        if content.translate(None, self.missing) != content:
+            encode = self.without_missing_bytes
         try:
-            return [self.order[rank] for rank in self.encoding.encode_ordinary(text)]
+            pieces = [text]
+            for cut in self.cuts:
+                pieces = [part for piece in pieces for part in isolate(cut, piece) if part]
+            return [id for piece in pieces for rank in encode(piece) for id in self.ids[rank]]
         except BaseException as error:      # a Rust panic, which is no Exception
-            if type(error).__name__ != "PanicException":
+            if type(error).__name__ not in ("PanicException", "TimeoutError"):
                 raise
             raise InputError(f"{self.path}: its pattern does not cut {text[:20]!r} into words.") from None
+
+    def without_missing_bytes(self, text):
+        """The ranks of a text some bytes of which have no token: `/\\x04-` reads as the one word `/-`."""
+        words = (word.encode().translate(None, self.missing) for word in isolate(self.words, text))
+        return [rank for word in words if word for rank in self.encoding._encode_single_piece(word)]
+
+
+def compiled(pattern):
+    try:
+        return regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"its pattern {pattern!r:.60} is not understood: {error}") from None
+
+
+def isolate(pattern, text):
+    """Yield the text in pieces: what the pattern matches, and what lies between."""
+    at = 0
+    for match in pattern.finditer(text, timeout=60):        # seconds; some patterns never end
+        yield text[at:match.start()]
+        yield match[0]
+        at = match.end()
+    yield text[at:]
+
+
+# What a file of sentencepiece's kind puts a word-start before: the text; what follows an added token in it;
+# and whether it does so even where a space is there already.
+WORD_STARTS = {"prepend": (True, True, True), "always": (True, True, False), "first": (True, False, False),
+               "never": (False, False, False)}
+
+
+class SpacedBytePair(BytePair):
+    """A tokenizer.json of sentencepiece's kind: `▁` for a space, bytes for characters without a token."""
+    errors = "every byte"
+
+    def __init__(self, *given, starts, **named):
+        """starts: a name of WORD_STARTS; the others as BytePair takes them."""
+        super().__init__(*given, **named)
+        self.starts, self.later_starts, self.doubles = WORD_STARTS[starts]
+        self.strips = int(self.starts)
+
+    def encode(self, text):
+        return self.encode_spaced(text, self.starts)
+
+    def encode_after(self, text):
+        return self.encode_spaced(text, False)
+
+    def encode_spaced(self, text, starts):
+        parts = self.split_raw(without_surrogates(text))
+        for n in range(0, len(parts), 2):                   # added tokens stand between
+            plain = parts[n].replace("▁", " ")
+            if plain and starts and (self.doubles or plain[0] != " "):
+                plain = " " + plain
+            parts[n], starts = plain, self.later_starts
+        return self.encode_parts(parts)
 
 
 def splitter(tokens):
@@ -342,10 +418,11 @@ def read_tiktoken(path, content):
                 encoded, rank = line.split()
                 ranks[base64.b64decode(encoded, validate=True)] = int(rank)
     pieces = {rank: piece for piece, rank in ranks.items()}
+    ranked = {pieces[id]: (id,) for id in sorted(pieces)}
     if b"" in ranks or sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f"its {len(ranks)} tokens do not have the ranks 0 to {len(ranks) - 1}, each once")
     special_ids = {f"<|{name}|>": len(ranks) + n for n, name in enumerate(LLAMA3_SPECIAL)}
-    return BytePair(path, LLAMA3_WORDS, pieces, range(len(pieces)), special_ids, adds_bos=True,
+    return BytePair(path, [LLAMA3_WORDS], ranked, pieces, special_ids, adds_bos=True,
                     bos_id=special_ids["<|begin_of_text|>"], eos_id=special_ids["<|end_of_text|>"])
 
 
@@ -356,13 +433,33 @@ BYTE_OF |= {chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) -
 
 
 def read_tokenizer_json(path):
-    """Byte-level BPE as the `tokenizers` library writes it; what the file asks for beyond that is refused."""
+    """BPE as the `tokenizers` library writes it; what the file asks for beyond that is refused."""
     root = read_json(path)
-    words, model, nfc = word_pattern(root), root["model"], root.get("normalizer") is not None
+    model = root["model"]
     asked = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
-    if asked or nfc and root["normalizer"]["type"] != "NFC":
-        raise ValueError(f"{asked[0] if asked else 'a normalizer other than NFC'} is not supported")
+    if asked:
+        raise ValueError(f"{asked[0]} is not supported")
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError("it is no BPE; if the model has a tokenizer.model, add that file too")
+    special_ids, raw, normalized = added_tokens(root)
+    added = special_ids | raw | normalized
+    ids = model["vocab"] | added
+    if len(set(map(checked_id, ids.values()))) < len(ids) or ids != added | model["vocab"]:
+        raise ValueError("model.vocab and added_tokens give one id to two tokens, or two ids to one")
+    tokens = {token: id for token, id in ids.items() if token not in special_ids}
+    read = read_spaced if model.get("byte_fallback") else read_byte_level
+    kind, patterns, ranked, pieces, options = read(root, tokens, raw, normalized)
+    bos_id = template_bos(root.get("post_processor") or {}, special_ids)
+    eos_id = next((special_ids[name] for name in EOS_NAMES if name in special_ids), None)
+    return kind(path, patterns, ranked, pieces, special_ids, **options, bos_id=bos_id, eos_id=eos_id,
+                adds_bos=bos_id is not None)
 
+
+EOS_NAMES = "<|endoftext|>", "<|end_of_text|>", "</s>"
+
+
+def added_tokens(root):
+    """({text: id} of special tokens, of those in text before normalization, of those after it)."""
     special_ids, raw, normalized = {}, {}, {}
     for token in root.get("added_tokens") or []:
         text, special = token["content"], token.get("special")
@@ -370,34 +467,104 @@ def read_tokenizer_json(path):
         if not special and (asked or not text):
             raise ValueError(f"added token {text!r:.40}: {asked[0] if asked else 'no text'} is not supported")
         (special_ids if special else normalized if token.get("normalized") else raw)[text] = token["id"]
-    added = special_ids | raw | normalized
-    ids = model["vocab"] | added
-    if len(set(map(checked_id, ids.values()))) < len(ids) or ids != added | model["vocab"]:
-        raise ValueError("model.vocab and added_tokens give one id to two tokens, or two ids to one")
-    pieces = {id: bytes(BYTE_OF[char] for char in token) for token, id in ids.items() if token not in added}
+    return special_ids, raw, normalized
+
+
+def steps_of(part, inside):
+    """The steps of a normalizer or pre_tokenizer: none, one or a sequence."""
+    part = part or {}
+    return part[inside] if part.get("type") == "Sequence" else [part] if part else []
+
+
+def read_byte_level(root, tokens, raw, normalized):
+    """(BytePair, what it takes) of a file whose tokens are written in visible bytes."""
+    model, nfc = root["model"], root.get("normalizer") is not None
+    if nfc and root["normalizer"]["type"] != "NFC":
+        raise ValueError("a normalizer other than NFC is not supported")
+    patterns = word_patterns(steps_of(root.get("pre_tokenizer"), "pretokenizers"))
+    pieces = {id: bytes(BYTE_OF[char] for char in token) for token, id in tokens.items()
+              if token not in raw and token not in normalized}
+    ranked = {pieces[id]: (id,) for id in merge_order(model, pieces)}
     if nfc:
         normalized = {unicodedata.normalize("NFC", text): id for text, id in normalized.items()}
-    bos_id = template_bos(root.get("post_processor") or {}, special_ids)
-    eos_id = special_ids.get("<|endoftext|>", special_ids.get("<|end_of_text|>"))
-    return BytePair(path, words, pieces, merge_order(model, pieces), special_ids, raw, normalized, nfc,
-                    bos_id=bos_id, eos_id=eos_id, adds_bos=bos_id is not None)
+    return BytePair, patterns, ranked, pieces, dict(
+        raw=raw, normalized=normalized, nfc=nfc,
+        drops_bytes=not (model.get("unk_token") or model.get("ignore_merges")))
 
 
-def word_pattern(root):
-    """The regex that cuts out words: GPT-2's, or the one of a Split in front of ByteLevel."""
-    step, model = root.get("pre_tokenizer") or {}, root["model"]
-    steps = step["pretokenizers"] if step.get("type") == "Sequence" else [step]
-    kinds = model.get("type", "BPE"), steps[-1].get("type")
-    if kinds != ("BPE", "ByteLevel") or model.get("byte_fallback"):
+def word_patterns(steps):
+    """The regexes that cut out words, one after the other; GPT-2's is the one inside ByteLevel."""
+    *steps, last = steps or [{}]
+    if last.get("type") != "ByteLevel":
         raise ValueError("it is no byte-level BPE; if the model has a tokenizer.model, add that file too")
-    match steps:
-        case [{"add_prefix_space": False, **last}] if last.get("use_regex", True):
-            return GPT2_WORDS
-        case [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(pattern)}, **split},
-              {"add_prefix_space": False, "use_regex": False}] if not split.get("invert"):
-            return f"{pattern}|(?:(?!{pattern})(?s:.))+"     # tiktoken drops what a pattern leaves over
-    raise ValueError(f"pre_tokenizer {json.dumps(step):.100} is not supported, only ByteLevel without "
-                     "add_prefix_space, alone or after one isolated Split by a regex")
+    patterns = []
+    for step in steps:
+        match step:
+            case {"type": "Digits"}:
+                patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
+            case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(pattern)}, **split} if (
+                    not split.get("invert")):
+                patterns.append(pattern)
+            case _:
+                raise ValueError(f"pre_tokenizer {json.dumps(step):.100} is not supported, only Digits and "
+                                 "isolated Splits by a regex before ByteLevel")
+    if last.get("use_regex", True):
+        patterns.append(GPT2_WORDS)
+    elif patterns:                              # tiktoken drops what a pattern leaves over
+        patterns[-1] = f"{patterns[-1]}|(?:(?!{patterns[-1]})(?s:.))+"
+    if last.get("add_prefix_space", True) or not patterns:
+        raise ValueError("ByteLevel with add_prefix_space, or without any regex, is not supported")
+    return patterns
+
+
+def read_spaced(root, tokens, raw, normalized):
+    """(SpacedBytePair, what it takes) of a file whose tokens are sentencepiece's.
+
+    Characters merge there, not bytes. To tiktoken the bytes of one character merge before all others; what
+    this leaves of a character without a token is spelled in bytes: <0xE2>.
+    """
+    model, starts, splits = root["model"], *spaces(root)
+    if model.get("ignore_merges"):
+        raise ValueError("ignore_merges together with byte_fallback is not supported")
+    byte_ids = [tokens[f"<0x{byte:02X}>"] for byte in range(256)]
+    ranked = {bytes([byte]): (id,) for byte, id in enumerate(byte_ids)}
+    # A token with a space of its own, not ▁, is never met in a text.
+    pieces = {id: token.replace("▁", " ").encode() for token, id in tokens.items()
+              if id not in byte_ids and " " not in token}
+    for id in merge_order(model, pieces):
+        piece = pieces[id]
+        if len(piece.decode()) == 1:
+            for end in range(2, len(piece)):
+                ranked[piece[:end]] = tuple(byte_ids[byte] for byte in piece[:end])
+        ranked[piece] = (id,)
+    # Where no token goes on after a space, no merge crosses from a word to the next.
+    crossing = any(re.search(rb"[^ ] ", piece) for piece in ranked)
+    words = " [^ ]*|[^ ]+" if splits else "(?s:.)+" if crossing else " +[^ ]*|[^ ]+"
+    pieces |= {id: bytes([byte]) for byte, id in enumerate(byte_ids)}
+    if starts == "prepend":                     # its word-start is put before such a token as well
+        normalized = {" " + text.replace("▁", " "): id for text, id in normalized.items()}
+    else:
+        raw, normalized = raw | normalized, {}
+    return SpacedBytePair, [words], ranked, pieces, dict(raw=raw, normalized=normalized, starts=starts)
+
+
+def spaces(root):
+    """(what gets a word-start, whether each ▁ begins a word) of a file of sentencepiece's kind."""
+    before = steps_of(root.get("normalizer"), "normalizers")
+    cutting = steps_of(root.get("pre_tokenizer"), "pretokenizers")
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    match before, cutting:
+        case [[], [{"type": "Metaspace", "replacement": "▁", **step}]]:
+            old = "always" if step.get("add_prefix_space", True) else "never"
+            starts, splits = step.get("prepend_scheme", old), step.get("split", True)
+            if starts in ("always", "first", "never"):
+                return starts, splits
+        case [[{"type": "Prepend", "prepend": "▁"}, last], []] if last == replace:
+            return "prepend", False
+        case [[last], []] if last == replace:
+            return "never", False
+    raise ValueError("its normalizer and pre_tokenizer are not supported, only Metaspace, or Prepend and "
+                     "Replace; if the model has a tokenizer.model, add that file too")
 
 
 def merge_order(model, pieces):
@@ -434,7 +601,7 @@ def merge_order(model, pieces):
 
 
 def template_bos(processor, special_ids):
-    """The id that `post_processor` puts in front of every text (Llama 3), or None."""
+    """The id that `post_processor` puts before every text (Llama 3), or None."""
     for step in processor["processors"] if processor.get("type") == "Sequence" else [processor]:
         match step:
             case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name}}, *_]}:

@@ -12,7 +12,6 @@ metrics with all their digits, and "faults". Steps count from 1:
     interrupt  N: what stands for a crash, before this step
     signal     {"at": "update" or "evaluate", "step": N, "rank": R, "number": 15}: told to stop there
     at_a_time  [n, …]: how many prompts each rank samples together
-    same       R: a rank whose samples of a prompt are all the same
     nan        {"at": "loss" or "gradient", "steps": […], "rank": R}
 
 A run that bad input or a signal ends is no end of the others. Beside each out_dir every rank leaves a report,
@@ -32,7 +31,7 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import ranks  # noqa: E402  first: it looks at who started this process
+from support import ranks  # noqa: E402, I001  first: it looks at who started this process
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -121,51 +120,10 @@ def plant(faults, replace=setattr):
         replace(losses, "dpo", poisoned)
     if "at_a_time" in faults:
         replace(train, "prompts_at_a_time", lambda *given: faults["at_a_time"][rank])
-    if faults.get("same") == rank:
-        generate = sample.generate
-        replace(sample, "generate", lambda *given: [[group[0]] * len(group) for group in generate(*given)])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Several runs
-
-class Reader:
-    """An open safetensors file that notes which rows of which tensor are asked for."""
-
-    def __init__(self, file, rows):
-        self.file, self.rows = file, rows
-
-    def __enter__(self):
-        self.open = self.file.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        return self.file.__exit__(*error)
-
-    def __getattr__(self, name):
-        return getattr(self.open, name)
-
-    def get_tensor(self, name):
-        self.rows.setdefault(name, []).append("all")
-        return self.open.get_tensor(name)
-
-    def get_slice(self, name):
-        return Slice(self.open.get_slice(name), self.rows.setdefault(name, []))
-
-
-class Slice:
-    def __init__(self, piece, rows):
-        self.piece, self.rows = piece, rows
-
-    def __getattr__(self, name):
-        return getattr(self.piece, name)
-
-    def __getitem__(self, wanted):
-        first = wanted[0] if isinstance(wanted, tuple) else wanted
-        rows = first.indices(self.piece.get_shape()[0])[:2] if isinstance(first, slice) else "all"
-        self.rows.append(rows)
-        return self.piece[wanted]
-
 
 def trainer_of(given):
     if given["recipe"] in recipes.RECIPES:
@@ -177,7 +135,14 @@ def trainer_of(given):
 def run(entry):
     """One training; returns this rank's report."""
     report = {"read": {}, "kept": {}, "lengths": [], "error": None}
-    safe_open, generate, given = hf.safe_open, sample.generate, entry["settings"]
+    read_tensors, generate, given = hf.read_tensors, sample.generate, entry["settings"]
+
+    def read(tensors, rows):
+        def asked(name):
+            _, _, shape = tensors[name]
+            report["read"].setdefault(name, []).append(rows(name).indices(shape[0])[:2])
+            return rows(name)
+        return read_tensors(tensors, asked)
 
     def noted(*arguments):
         samples = generate(*arguments)
@@ -186,7 +151,7 @@ def run(entry):
     with contextlib.ExitStack() as stack:
         def replace(place, name, new):
             stack.enter_context(mock.patch.object(place, name, new))
-        replace(hf, "safe_open", lambda *path, **how: Reader(safe_open(*path, **how), report["read"]))
+        replace(hf, "read_tensors", read)
         replace(sample, "generate", noted)
         if entry.get("exact"):
             replace(train, "rounded", lambda record: record)

@@ -78,6 +78,14 @@ def write_jsonl(path, rows):
     return str(path)
 
 
+def shared(name):
+    """The path of a file or folder of published data; without it, the test is skipped."""
+    path = Path(os.environ.get("OSPREY_DATA", ROOT.parent / "shared/data")) / name
+    if not path.exists():
+        pytest.skip(f"{path} is absent; OSPREY_DATA names the folder that holds {name}")
+    return str(path)
+
+
 def corpus():
     """What the tokenizers learn from: such rows, the judge's instruction and p, so that all stay short."""
     yield from (row[key] for row in pairs(60, seed=-1) for key in row)

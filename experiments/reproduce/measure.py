@@ -129,7 +129,8 @@ def margins(policy, reference, tokenizer, pair_rows, chat=None, refinement_promp
             **lengths):
     """h and h_p of rows: {"margin", "augmented_margin"}, each (N,); rows that are alike once they are cut are
     left out."""
-    pairs, _ = data.encode_dataset(tokenizer, pair_rows, chat, refinement_prompt=refinement_prompt, **lengths)
+    pairs, _ = data.encode_dataset(tokenizer, pair_rows, data.chat_of(tokenizer, chat),
+                                   refinement_prompt=refinement_prompt, **lengths)
     parts = {"margin": [], "augmented_margin": []}
     for start in range(0, len(pairs), 64):
         for key, query in (("margin", "x"), ("augmented_margin", "refined_x")):

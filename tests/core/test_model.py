@@ -31,6 +31,8 @@ NEOX = dict(SIZES, model_type="gpt_neox", num_attention_heads=2, layer_norm_eps=
             rotary_emb_base=50.0)
 LLAMA = dict(SIZES, model_type="llama", rms_norm_eps=0.03, rope_theta=50.0, num_key_value_heads=2)
 MISTRAL = dict(LLAMA, model_type="mistral", sliding_window=LENGTH // 2)
+QWEN2 = dict(LLAMA, model_type="qwen2", use_sliding_window=False)
+QWEN3 = dict(LLAMA, model_type="qwen3", head_dim=12)
 LINEAR = {"type": "linear", "factor": 3.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 6.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0,
           "original_max_position_embeddings": 16}
@@ -47,6 +49,13 @@ CASES = {
     "llama-llama3": dict(LLAMA, rope_scaling=LLAMA3, num_key_value_heads=1, hidden_act="gelu"),
     "mistral": MISTRAL,
     "mistral-no-window": dict(MISTRAL, sliding_window=None, head_dim=6),
+    "qwen2": dict(QWEN2, sliding_window=LENGTH // 2),      # it is there, and does not count
+    "qwen2-tied-window": dict(QWEN2, tie_word_embeddings=True, use_sliding_window=True, max_window_layers=0,
+                              sliding_window=LENGTH // 2),
+    "qwen2-window-late": dict(QWEN2, use_sliding_window=True, sliding_window=8, max_window_layers=2),
+    "qwen3": QWEN3,
+    "qwen3-tied-biased": dict(QWEN3, tie_word_embeddings=True, attention_bias=True, rope_scaling=LINEAR,
+                              num_key_value_heads=4),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -134,6 +143,8 @@ def other_values(raw):
              "sliding_window": LENGTH // 2 - 1 if raw.get("sliding_window") else LENGTH - 1}
     if raw["model_type"] != "gpt_neox":
         del other["num_attention_heads"]          # it belongs to the shapes there
+    if "full_attention" in raw.get("layer_types", []):
+        del other["sliding_window"]               # Qwen's does not count
     yield from ((key, value) for key, value in other.items() if key in raw)
     for key, value in raw["rope_parameters"].items():
         if key == "partial_rotary_factor":
@@ -172,12 +183,12 @@ def test_fields_that_belong_to_the_shapes_refuse_the_weights(case, oracle, tmp_p
 def test_absent_fields_mean_what_transformers_takes_them_for(model_type):
     from transformers import AutoConfig
     sizes = {key: value * 4 for key, value in SIZES.items() if key != "max_position_embeddings"}
-    sizes["model_type"] = model_type
+    sizes |= {"model_type": model_type, "num_attention_heads": 32 if "qwen" in model_type else 16}
     ours, theirs = model.parse_config(sizes), AutoConfig.for_model(**sizes)
     names = {"context": "max_position_embeddings", "activation": "hidden_act", "tied": "tie_word_embeddings",
              "norm_eps": "layer_norm_eps" if ours.is_neox else "rms_norm_eps",
              "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "attention_bias": "attention_bias",
-             "sliding_window": "sliding_window",
+             "sliding_window": "sliding_window", "output_bias": "attention_bias",
              "parallel_residual": "use_parallel_residual"}
     for mine, name in names.items():
         assert getattr(ours, mine) == getattr(theirs, name, getattr(ours, mine)), name
@@ -350,6 +361,34 @@ def test_real_folders_equal_transformers(name):
     assert difference(our_logits(folder, tokens), their_logits(folder, tokens)) < 1e-4
 
 
+PROMPTS = ["What is the capital of France?", "Write a short poem about the sea.", "Explain photosynthesis.",
+           "List three animals that can fly.", "What is 12 + 30?"]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_smollm2_equals_transformers():
+    """SmolLM2-135M-Instruct: logits to 1e-4 of their scale; five greedy answers are those of `generate`."""
+    from transformers import AutoModelForCausalLM
+
+    from sample import generate
+    from support.tokenizer import load_tokenizer
+    folder = Path(os.environ.get("OSPREY_SMOLLM2", "nowhere"))
+    if not folder.is_dir():
+        pytest.skip("OSPREY_SMOLLM2 names no folder of SmolLM2-135M-Instruct")
+    net, tokenizer = model.load(folder), load_tokenizer(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    user, end, assistant = (tokenizer.encode(text) for text in ("user\n", "\n", "assistant\n"))
+    for prompt in PROMPTS:
+        ids = [1, *user, *tokenizer.encode(prompt), 2, *end, 1, *assistant]
+        expected = their_logits(theirs, torch.tensor([ids]))
+        assert difference(our_logits(net, torch.tensor([ids])), expected) < 1e-4 * expected.abs().max()
+        answer = theirs.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids):]
+        [[ours]] = generate(net, [ids], torch.zeros(1, 1, 40), tokenizer.stop_ids,
+                            tokenizer.sampling_mask(net.config.vocab_size), temperature=0)
+        assert ours.ids == answer.tolist() and len(ours.ids) > 5
+
+
 # -----------------------------------------------------------------------------------------------------------
 # A config.json that cannot be used: one sentence that names the file and the field
 
@@ -362,10 +401,12 @@ BAD_CONFIGS = [
     {"head_dim": 7}, {"max_position_embeddings": "long"}, {"rms_norm_eps": 0}, {"rms_norm_eps": "1e-5"},
     {"rms_norm_eps": float("nan")}, {"rms_norm_eps": float("inf")}, {"rope_theta": -1.0},
     {"rope_theta": 10 ** 400}, {"rope_scaling": {"type": "linear", "factor": 10 ** 400}},
-    {"hidden_act": "x" * 10 ** 6}, {"num_attention_heads": 2 ** 20, "head_dim": 2 ** 20}, {"a\nb": 1},
+    {"hidden_act": "x" * 10 ** 6}, {"num_attention_heads": 2 ** 20, "head_dim": 2 ** 20},
     {"hidden_act": "quick_gelu"}, {"hidden_act": ["silu"]}, {"attention_bias": 1}, {"mlp_bias": "false"},
     {"tie_word_embeddings": "yes"}, {"quantization_config": {"bits": 4}}, {"sliding_window": 9},
-    {"partial_rotary_factor": 0.5}, {"logit_scale": 0.1}, {"rope_scaling": "linear"},
+    {"partial_rotary_factor": 0.5}, {"logit_scale": 0.1}, {"rope_interleaved": True}, {"num_experts": 8},
+    {"no_rope_layers": [1, 0]}, {"attention_multiplier": 0.1}, {"final_logit_softcapping": 30.0},
+    {"layer_types": ["full_attention", "sliding_attention"]}, {"layer_types": 7}, {"rope_scaling": "linear"},
     {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
     {"rope_scaling": {"type": ["linear"], "factor": 2.0}}, {"rope_scaling": {"type": "linear"}},
     {"rope_scaling": {"type": "linear", "factor": 0}}, {"rope_scaling": {"type": "linear", "factor": "2"}},
@@ -377,10 +418,13 @@ BAD_NEOX = [{"rotary_pct": 1.5}, {"rotary_pct": -0.5}, {"rotary_pct": "all"}, {"
             {"rotary_emb_base": 0}, {"layer_norm_eps": -1e-5}, {"use_parallel_residual": 0},
             {"num_key_value_heads": 2}, {"rms_norm_eps": 1e-5}]
 BAD_MISTRAL = [{"sliding_window": 0}, {"sliding_window": 4.5}, {"attention_bias": True}]
+BAD_QWEN = [{"max_window_layers": 1, "use_sliding_window": True}, {"max_window_layers": -1},
+            {"mlp_bias": True}, {"use_sliding_window": 1}, {"layer_types": ["sliding_attention"] * 2},
+            {"num_experts": 60}]
 
 
-@pytest.mark.parametrize("raw, changes", [(LLAMA, BAD_CONFIGS), (NEOX, BAD_NEOX), (MISTRAL, BAD_MISTRAL)],
-                         ids=["llama", "gpt_neox", "mistral"])
+@pytest.mark.parametrize("raw, changes", [(LLAMA, BAD_CONFIGS), (NEOX, BAD_NEOX), (MISTRAL, BAD_MISTRAL),
+                                          (QWEN2, BAD_QWEN)], ids=["llama", "gpt_neox", "mistral", "qwen2"])
 def test_bad_config(raw, changes, tmp_path):
     """The config alone is refused: the folder holds no weights."""
     for change in changes:
@@ -415,3 +459,22 @@ def test_dropout_is_named_and_not_applied(tmp_path, capsys):
     edit(tmp_path / "plain", tmp_path / "copy", lambda raw: raw.update(attention_dropout=0.5))
     assert torch.equal(our_logits(tmp_path / "copy"), expected)
     assert "config.json: attention_dropout" in capsys.readouterr().err
+
+
+def test_unknown_fields_are_named_once(tmp_path, capsys):
+    """What published files hold besides is read; what nobody knows is named, on one line, however often."""
+    model.save(randomise(model.Transformer(model.parse_config(LLAMA))), tmp_path / "plain")
+    expected = our_logits(tmp_path / "plain")
+    harmless = {"is_llama_config": True, "rope_interleaved": False, "unsloth_fixed": True, "logit_scale": 1.0,
+                "unsloth_version": "2024.9", "custom_pipelines": {"text-generation": {}}, "pruned_heads": {},
+                "max_sequence_length": 2048, "quantization_config": None,
+                "layer_types": ["full_attention"] * 2}
+    edit(tmp_path / "plain", tmp_path / "known", lambda raw: raw.update(harmless))
+    assert torch.equal(our_logits(tmp_path / "known"), expected) and capsys.readouterr().err == ""
+    unknown = {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}, "a\nb": 1}
+    edit(tmp_path / "plain", tmp_path / "copy", lambda raw: raw.update(unknown))
+    for _ in range(2):
+        assert torch.equal(our_logits(tmp_path / "copy"), expected)
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path / 'copy' / 'config.json'}: 'auto_map', 'a\\nb' not known here, "
+        "taken as without effect.\n")

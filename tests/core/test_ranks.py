@@ -4,17 +4,18 @@ All trainings of a number of ranks run one after the other in one group of proce
 below read what they left. The figures are compared with all their digits.
 """
 import json
-import warnings
 from pathlib import Path
 
-import pytest
-import torch
-import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
-
 import driver
-import model
+import pytest
 import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import assert_close, assert_same_run, final, last_checkpoint, metrics
+
+import model
+
+pytestmark = pytest.mark.processes
 
 # name: (settings, on how many ranks). All of them run on one rank too. Where the epoch of 13 rows is not cut
 # short by `steps`, its last batch has one row, so that one rank works and the others have none.
@@ -89,18 +90,11 @@ def plan(world, base, ranks, again=False):
     """
     entries = []
 
-    def put(value, out):
-        if isinstance(value, list):
-            return [put(item, out) for item in value]
-        return value.format(world=world, out=out) if isinstance(value, str) else value
-
     def add(name, changes, **more):
         out = base / f"{name}-{ranks}"
-        given = dict(model="{world}/model", data=["{world}/pairs.jsonl"], out_dir="{out}", batch_size=4, k=4,
-                     micro_batch_size=MICRO[ranks], lr=1e-3, warmup_steps=0, max_length=96, max_tokens=12,
-                     dtype="float64", device="cpu") | changes
-        given = {key: put(value, out) for key, value in given.items()}
-        entries.append({"settings": given, "exact": True, **more})
+        given = tiny.settings(world, out, **{"steps": None, "micro_batch_size": MICRO[ranks], **changes})
+        text = json.dumps(given).replace("{world}", str(world)).replace("{out}", str(out))
+        entries.append({"settings": json.loads(text), "exact": True, **more})
     for name, changes in RESUMED.items():
         if ranks > 1 or again:
             add(f"other {name}", changes | {"replicas": 2 if ranks == 4 else 1},
@@ -136,51 +130,8 @@ def done(world, tmp_path_factory):
     return lambda name, ranks: base / f"{name}-{ranks}"
 
 
-def metrics(out):
-    """[{name: figure}] a line, without times, which differ from run to run."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
-
-
 def reports(out, ranks):
     return [json.loads(Path(f"{out}.rank{rank}.json").read_text()) for rank in range(ranks)]
-
-
-def final(out):
-    return load_file(out / "final" / "model.safetensors")
-
-
-def last_checkpoint(out):
-    """(step, {name: whole tensor}) of the newest checkpoint, on whatever ranks it was written."""
-    folder = max(out.glob("checkpoint/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-    reader = dcp.HuggingFaceStorageReader(str(folder))
-    tensors = {name: torch.full(entry.size, torch.nan, dtype=entry.properties.dtype)
-               for name, entry in reader.read_metadata().state_dict_metadata.items()}
-    with warnings.catch_warnings():               # one process needs no process group, which dcp warns about
-        warnings.simplefilter("ignore", UserWarning)
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return int(folder.name.removeprefix("step-")), tensors
-
-
-def assert_close(a, b, tolerance):
-    """Two runs' tensors or figures; tolerance 0: the same bits."""
-    assert a.keys() == b.keys()
-    for name in a:
-        if isinstance(a[name], torch.Tensor):
-            assert a[name].shape == b[name].shape and a[name].dtype == b[name].dtype, name
-            assert (a[name].double() - b[name].double()).abs().max() <= tolerance, name
-        else:
-            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), name
-
-
-def assert_same_run(one, two, tolerance):
-    rows = metrics(one)
-    for a, b in zip(rows, metrics(two), strict=True):
-        assert_close(a, b, tolerance)
-    assert_close(final(one), final(two), tolerance)
-    (step, a), (other, b) = last_checkpoint(one), last_checkpoint(two)
-    assert step == other == rows[-1]["step"] > 1 and any(name.startswith("optimizer.") for name in a)
-    assert_close(a, b, tolerance)
 
 
 # ------------------------------------------------------------------------------------------------------------

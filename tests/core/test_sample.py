@@ -298,7 +298,7 @@ def test_every_token_is_reported_as_it_comes(max_tokens):
 def test_where_responses_stop_and_what_they_may_hold(folders):
     """The ends that the folder names; no padding token, no row after the tokenizer's ids, as Pythia has."""
     net, tokenizer = sample.load_model(folders["neox"], "float32", "cpu")
-    stops, allowed = sample.stopping(tokenizer, "hh", net.config)
+    stops, allowed = sample.stopping(tokenizer, sample.data.chat_of(tokenizer, "hh"), net.config)
     end, padding = (tokenizer.special_ids[name] for name in ("<|endoftext|>", "<|padding|>"))
     assert stops == {end} and len(allowed) == 424
     assert [id for id in range(424) if not allowed[id]] == [padding, 420, 421, 422, 423]
@@ -359,7 +359,7 @@ def test_one_prompt(folders, tmp_path, command):
     whose rows keep them as they were given."""
     file = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "The old river"}])
     net, tokenizer = sample.load_model(folders["llama"], "float32", "cpu")
-    stops, allowed = sample.stopping(tokenizer, "hh", net.config)
+    stops, allowed = sample.stopping(tokenizer, sample.data.chat_of(tokenizer, "hh"), net.config)
     turn = [{"role": "user", "content": "The old river"}]
     for chat, prompt, text in (([], "The old river", "The old river"), (["--chat=zephyr"], turn, None),
                                (["--chat=hh"], turn, "\n\nHuman: The old river\n\nAssistant:")):

@@ -48,7 +48,7 @@ def test_made_up_work(work):
     rows, _ = read_rows(folder / "pairs.jsonl", "pairs")
     for row in rows[:20]:
         assert tokenizer.decode(tokenizer.encode(row.chosen)) == row.chosen
-    pairs, _ = data.encode_dataset(tokenizer, rows, "hh", 512, 256)
+    pairs, _ = data.encode_dataset(tokenizer, rows, data.chat_of(tokenizer, "hh"), 512, 256)
     assert 80 < statistics.median(len(pair.x) for pair in pairs) < 150
     assert 30 < statistics.median(len(pair.chosen) for pair in pairs) < 65
     assert 20 < statistics.median(len(pair.rejected) for pair in pairs) < 50

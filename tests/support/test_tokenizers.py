@@ -4,6 +4,7 @@ Every kind is tested on tokenizers made here, and on published ones where OSPREY
 """
 import base64
 import functools
+import gzip
 import io
 import json
 import os
@@ -93,13 +94,14 @@ def train_sentencepiece(squeeze=False):
     return model.getvalue()
 
 
-def byte_level(split=None, nfc=False):
-    """A byte-level BPE trained with `tokenizers`: GPT-NeoX's kind, or Llama 3's with a split pattern."""
+def byte_level(*splits, digits=None, nfc=False):
+    """A byte-level BPE trained with `tokenizers`: GPT-NeoX's kind, or with patterns and digits before it."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC() if nfc else None
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)]
-    tokenizer.pre_tokenizer = steps[0] if split is None else (
-        pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), *steps]))
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits]
+    steps += [] if digits is None else [pre_tokenizers.Digits(individual_digits=digits)]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splits))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>", "<|padding|>"],
                                   show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -116,7 +118,7 @@ def neox_like():
 
 def llama3_like():
     """With ids that are not in merge order, BOS by template, and words taken whole."""
-    root = json.loads(byte_level(split=LLAMA3_WORDS).to_str())
+    root = json.loads(byte_level(LLAMA3_WORDS).to_str())
     vocab, added = root["model"]["vocab"], root["added_tokens"]
     ids = random.Random(3).sample(range(len(vocab)), len(vocab))
     root["model"].update(ignore_merges=True, vocab={token: ids[id] for token, id in vocab.items()})
@@ -129,9 +131,43 @@ def llama3_like():
     return root
 
 
+def smollm_like():
+    """Single digits, and no tokens for some bytes that text can have."""
+    root = json.loads(byte_level(digits=True).to_str())
+    gone = {char for char, byte in BYTE_OF.items() if byte in (4, 6, 0x13, 0x14, 0x16, 0x1d, 0xf1, 0xf2)}
+    vocab = [token for token in root["model"]["vocab"] if not gone & set(token)]
+    assert len(vocab) == len(root["model"]["vocab"]) - 8
+    root["model"]["vocab"] = {token: id for id, token in enumerate(vocab)}
+    return root
+
+
+QWEN_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")       # as published with Qwen2
+SPLITS = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥]+"]        # DeepSeek's kind, with Digits after them
+
+
+def spaced(first_only, first_merges=()):
+    """sentencepiece's tokenizer as transformers 5 writes it (Metaspace), or as 4 did (Prepend, Replace)."""
+    source = sentencepiece.SentencePieceProcessor(model_proto=train_sentencepiece())
+    vocab = {source.id_to_piece(id): id for id in range(source.vocab_size())}
+    merges = [*first_merges, *((piece[:i], piece[i:]) for piece in vocab if not piece.startswith("<")
+              for i in range(1, len(piece)) if piece[:i] in vocab and piece[i:] in vocab)]
+    vocab |= {"".join(pair): len(vocab) + n for n, pair in enumerate(first_merges)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, fuse_unk=True, byte_fallback=True))
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<|im_start|>"])
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("日本", normalized=True)])
+    if first_only:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                           decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return json.loads(tokenizer.to_str())
+
+
 def tiktoken_ranks():
     """{bytes: rank} of a trained vocabulary, single bytes first."""
-    vocab = json.loads(byte_level(split=LLAMA3_WORDS).to_str())["model"]["vocab"]
+    vocab = json.loads(byte_level(LLAMA3_WORDS).to_str())["model"]["vocab"]
     pieces = [bytes(BYTE_OF[char] for char in token) for token in vocab if not token.startswith("<|")]
     return {piece: rank for rank, piece in enumerate(sorted(pieces, key=lambda piece: len(piece) > 1))}
 
@@ -146,6 +182,11 @@ def made(tmp_path_factory):
     files = {"sp": {"tokenizer__model": train_sentencepiece()},
              "sp-squeeze": {"tokenizer__model": train_sentencepiece(squeeze=True)},
              "neox": {"tokenizer__json": neox_like()}, "llama3": {"tokenizer__json": llama3_like()},
+             "smollm": {"tokenizer__json": smollm_like()},
+             "qwen": {"tokenizer__json": json.loads(byte_level(QWEN_WORDS, nfc=True).to_str())},
+             "splits": {"tokenizer__json": json.loads(byte_level(*SPLITS, digits=False).to_str())},
+             "metaspace": {"tokenizer__json": spaced(first_only=True)},
+             "prepend": {"tokenizer__json": spaced(first_only=False)},
              "tiktoken": {"tokenizer__model": tiktoken_lines(tiktoken_ranks())}}
     return {kind: write(tmp_path_factory.mktemp(kind), **content) for kind, content in files.items()}
 
@@ -170,9 +211,13 @@ def load(folder_of):
 
 
 SENTENCEPIECE = ["sp", "sp-squeeze", "mistral-v1", "mistral-v3", "stories260K"]
-TOKENIZER_JSON = ["neox", "llama3", "gpt-neox-20b"]
+TOKENIZER_JSON = ["neox", "llama3", "qwen", "smollm", "splits", "gpt-neox-20b"]
+SPACED = ["metaspace", "prepend"]
 TIKTOKEN = ["tiktoken", "tiktoken-small"]
-ALL = SENTENCEPIECE + TOKENIZER_JSON + TIKTOKEN
+ALL = SENTENCEPIECE + TOKENIZER_JSON + SPACED + TIKTOKEN
+# Those of which every text comes back.
+WHOLE = [name for name in ALL if name not in ("sp-squeeze", "stories260K", "smollm", "prepend")]
+NFC_KINDS = "neox", "qwen", "gpt-neox-20b"
 
 # ------------------------------------------------------------------------------------------------------------
 # Ids and text
@@ -209,8 +254,65 @@ def test_tokenizer_json_is_the_library(name, load, folder_of):
     reference.encode_special_tokens = True      # special strings are plain text
     ids = [tokenizer.encode(text) for text in TEXTS]
     assert_same(ids, [encoding.ids for encoding in reference.encode_batch(CLEAN, add_special_tokens=False)])
-    assert [tokenizer.decode(row) for row in ids] == (NFC if "neox" in name else CLEAN)
+    if name in WHOLE:
+        assert [tokenizer.decode(row) for row in ids] == (NFC if name in NFC_KINDS else CLEAN)
     assert_decodes(tokenizer, ids, lambda rows: reference.decode_batch(rows, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("name", SPACED)
+def test_spaced_tokenizer_json_is_the_library(name, load, folder_of):
+    tokenizer = load(name)
+    reference = tokenizers.Tokenizer.from_file(str(folder_of(name) / "tokenizer.json"))
+    reference.encode_special_tokens = True
+    ids = [tokenizer.encode(text) for text in TEXTS]
+    assert_same(ids, [encoding.ids for encoding in reference.encode_batch(CLEAN, add_special_tokens=False)])
+    assert [tokenizer.decode(row) for row in ids] == reference.decode_batch(ids)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (1, 2, True)
+
+
+@pytest.mark.parametrize("normalizer, step", [
+    (None, {"prepend_scheme": "always", "split": False}), (None, {"prepend_scheme": "always", "split": True}),
+    (None, {"prepend_scheme": "never", "split": False}), ({"type": "Replace"}, None)])
+@pytest.mark.parametrize("crossing", [False, True])
+def test_spaces_of_other_files(normalizer, step, crossing, tmp_path):
+    """Other ways to write a space, and a token that goes on after one: then no text is cut before merging."""
+    root = spaced(first_only=True, first_merges=[("e", "▁")] if crossing else [])
+    root["normalizer"] = normalizer and {**normalizer, "pattern": {"String": " "}, "content": "▁"}
+    root["pre_tokenizer"] = step and {"type": "Metaspace", "replacement": "▁", **step}
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer__json=root))
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    reference.encode_special_tokens = True
+    expected = reference.encode_batch(CLEAN[:2000] + ["the cat"], add_special_tokens=False)
+    assert [tokenizer.encode(text) for text in TEXTS[:2000] + ["the cat"]] == [row.ids for row in expected]
+    assert ("e▁" in expected[-1].tokens) == (crossing and not (step or {}).get("split"))
+
+
+@pytest.mark.slow
+def test_smollm2_is_the_library():
+    """SmolLM2-135M-Instruct's own files, also on 5,000 dialogues where OSPREY_DATA has them."""
+    folder = Path(os.environ.get("OSPREY_SMOLLM2", "nowhere"))
+    if not folder.is_dir():
+        pytest.skip("OSPREY_SMOLLM2 names no folder of SmolLM2-135M-Instruct")
+    tokenizer = load_tokenizer(folder)
+    reference = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    reference.encode_special_tokens = True
+    texts = CLEAN + [json.loads(line)[key] for path in sorted((DATA / "hh-rlhf").glob("*.gz"))
+                     for line in gzip.open(path) for key in ("chosen", "rejected")][:5000]
+    expected = [encoding.ids for encoding in reference.encode_batch(texts)]
+    assert list(map(tokenizer.encode, texts)) == expected
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (1, 2, False)
+    assert tokenizer.vocab_size == 49152
+
+
+def test_bytes_without_a_token(tmp_path):
+    """Words are cut first, then such bytes are left out, then the others merge, also across the gap."""
+    root = small_json([["/", "-"], ["a", "b"]])
+    del root["model"]["vocab"]["Ą"]
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer__json=root))
+    reference = tokenizers.Tokenizer.from_str(json.dumps(root))
+    texts = ["/\x04-", "a\x04b", "\x04", "/\x04\x04- a  \x04b", "/-"]
+    assert [tokenizer.encode(text) for text in texts] == [row.ids for row in reference.encode_batch(texts)]
+    assert len(tokenizer.encode(texts[0])) == 1 and len(tokenizer.encode(texts[1])) == 2
 
 
 @pytest.mark.parametrize("name", TIKTOKEN)
@@ -320,11 +422,11 @@ def test_very_long_runs(name, load):
 # Joints
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in ("sp-squeeze", "stories260K")])
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_continuation_comes_back_as_it_is(name, load):
     tokenizer = load(name)
     for text in CLEAN[:4000]:
-        text = unicodedata.normalize("NFC", text) if "neox" in name else text
+        text = unicodedata.normalize("NFC", text) if name in NFC_KINDS else text
         ids = tokenizer.encode_after(text)
         assert tokenizer.decode(ids, continues=True) == text
         assert tokenizer.decode(tokenizer.encode("Assistant:") + ids) == "Assistant:" + text
@@ -499,7 +601,9 @@ CHANGES = [      # (path of keys, new value or ... where the key is taken away)
     ("model", {"type": "Unigram", "vocab": [["a", 0.0]]}), ("normalizer", {"type": "NFKC"}),
     ("pre_tokenizer", None), ("pre_tokenizer", {"type": "Metaspace"}),
     ("pre_tokenizer add_prefix_space", True),
-    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, BYTE_LEVEL]}),
+    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, BYTE_LEVEL]}),
+    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [split_by("(")["pretokenizers"][0], {
+        "type": "Digits"}, BYTE_LEVEL]}),
     ("pre_tokenizer", split_by("x", invert=True)), ("pre_tokenizer", split_by("x", behavior="Removed")),
     ("added_tokens 1 lstrip", True), ("added_tokens 1 content", ""),
     # What is damaged.
