@@ -83,6 +83,21 @@ def test_instructions_word_for_word(name, tokenizers):
     assert all(axis in preamble.lower() for axis in ("coherence", "accuracy", "coverage", "overall quality"))
 
 
+def test_a_chat_model_is_asked_in_a_turn_and_its_own_begins_with_the_last_word(tokenizers):
+    """The zephyr format writes its marks as text, so that the whole question can be spelt."""
+    tokenizer = tokenizers["llama-600"]
+    chat = data.chat_of(tokenizer, "zephyr")
+    asked = judge.JudgePrompt(tokenizer, "helpful", ROOM, chat)
+    first, second = asked.both_orders("Human: Which river?", "The old one.", "That {one} I know.")
+    question = HELPFUL.removesuffix(" RESPONSE")
+    turn = chat.ids([{"role": "user", "content": question}])
+    word = tokenizer.encode_after("RESPONSE A")
+    assert first.ids == tokenizer.prefix(False) + turn + word[:-1] and first.answers[0] == word[-1]
+    assert second.answers == first.answers and len(second.ids) == len(first.ids)
+    plain = judge.JudgePrompt(tokenizer, "helpful", ROOM, data.chat_of(tokenizer, "hh"))     # hh has no marks
+    assert plain.both_orders("x", "y", "z") == prompt_of(tokenizer).both_orders("x", "y", "z")
+
+
 def test_slot():
     """One leading space, none after; a blank response is nothing at all."""
     assert [judge.slot(text) for text in ("x", " x", "  x \n", "\nx\n\ny", "", " ", "\n\t ")] == [
