@@ -200,8 +200,8 @@ def encode_dataset(tokenizer, rows, chat, max_length, max_prompt_length, refinem
         except Unusable as reason:
             skipped.setdefault(str(reason), []).append(row.where)
     if not pairs:
-        reason = next((f"{where[0]}: {reason}" for reason, where in skipped.items()), "there are no rows")
-        raise InputError(f"no row is left after encoding within --max_length={max_length} ({reason}).")
+        first = next((f"{where[0]}: {why}" for why, where in skipped.items()), "there are no rows")
+        raise InputError(f"no row is left after encoding within --max_length={max_length} ({first}).")
     return pairs, Report("encoded", len(pairs), skipped, sum(pair.cut for pair in pairs))
 
 

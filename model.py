@@ -26,7 +26,6 @@ from support import hf
 from support.cli import InputError
 from support.families import ACTIVATIONS, FAMILIES, parse_config, read_config, with_reward_head  # noqa: F401
 
-
 # -----------------------------------------------------------------------------------------------------------
 # The transformer
 

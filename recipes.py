@@ -12,7 +12,7 @@ function in losses.py and a row that names it: CONTRIBUTING.md shows one.
 """
 import inspect
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import losses
 from data import CHATS, REFINEMENT_PROMPT
@@ -41,7 +41,7 @@ class Recipe:
     responses: str
     pairs: str | None
     labels: str | None
-    defaults: dict = field(default_factory=dict)
+    defaults: dict                 # the settings that it brings: lr, batch_size, warmup_steps, …
 
     def __post_init__(self):
         """Refuse what does not go together, naming the axis to change."""

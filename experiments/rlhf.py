@@ -18,6 +18,7 @@ Letters: S sequences, T tokens of a response, M tokens of all responses, one aft
 """
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -186,6 +187,7 @@ class Settings(recipes.Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        self.reward = self.reward and os.path.normpath(self.reward)
         if self.lora_rank:
             raise InputError(f"--lora_rank={self.lora_rank}: only train.py trains adapters.")
         if self.dry_run:

@@ -26,7 +26,7 @@ class Chat:
 
 
 def chat_of(tokenizer, name):
-    """The Chat of that name; None: what the folder asks for. InputError: unknown, or it lacks special tokens."""
+    """The Chat of that name; None: what the folder asks for. InputError: unknown, or marks are missing."""
     own = tokenizer.chat_template
     if name == "template" or name is None and own is not None:
         if own is None:

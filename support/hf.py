@@ -49,7 +49,7 @@ def files_of(folder):
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise InputError(f"{index}: weight_map is missing or no object.")
-        here = [path.name for path in folder.iterdir() if path.is_file()]          # a pipe would be waited for
+        here = [path.name for path in folder.iterdir() if path.is_file()]         # a pipe would be waited for
         for name in listed.values():
             if name not in here:
                 raise InputError(f"{index}: weight_map has {name!r:.60}, which is not a file of this folder.")

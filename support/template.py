@@ -68,7 +68,7 @@ class ChatTemplate:
             raise Unusable(f"the chat template refuses it: {error}") from None
 
     def marked(self, messages, ask=True):
-        """(text, [(start, end)] of the contents in it); no spans where marking changes more than the marks."""
+        """(text, [(start, end)] of the contents in it); no spans where marks change more than themselves."""
         plain = self.text(messages, ask)
         if any(OPEN in one["content"] or CLOSE in one["content"] for one in messages):
             return plain, []

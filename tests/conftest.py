@@ -1,8 +1,9 @@
-"""The repository's root and tests/ on the path, and one thread: the networks here are so small that a second one only waits."""
+"""The repository and tests/ on the path; one thread: for such small networks a second one only waits."""
 import sys
 from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent), str(Path(__file__).parent / "core")]
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "core")]
 torch.set_num_threads(1)

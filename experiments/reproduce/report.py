@@ -11,8 +11,17 @@ from experiments.reproduce import figures, jobs
 from experiments.reproduce.claims import CLAIMS, DRAWS
 from experiments.reproduce.measure import work_on
 from experiments.reproduce.runs import FRACTIONS, RUNS, tail
-from experiments.reproduce.tables import (claim_rows, judge_rows, landmark_rows, margin_rows, over_seeds,
-                                          reward_rows, system_rows, table, work_rows)
+from experiments.reproduce.tables import (
+    claim_rows,
+    judge_rows,
+    landmark_rows,
+    margin_rows,
+    over_seeds,
+    reward_rows,
+    system_rows,
+    table,
+    work_rows,
+)
 from support import checkpoint, cli
 from support.cli import setting
 

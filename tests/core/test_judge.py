@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 import data
 import judge
 import sample
+import tiny
 
 DATA = Path(os.environ.get("OSPREY_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ROOM = 10 ** 6           # a context in which nothing is cut

@@ -8,11 +8,11 @@ import math
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 
 import data
 import losses
+import tiny
 from losses import dpo, ipo, refinement, sft, spce, sr_dpo, sr_ipo, sr_spce
 
 LN2, LN3 = math.log(2), math.log(3)

@@ -6,14 +6,14 @@ below read what they left. The figures are compared with all their digits.
 import json
 from pathlib import Path
 
-import driver
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import assert_close, assert_same_run, final, last_checkpoint, metrics
 
+import driver
 import model
+import tiny
+from tiny import assert_close, assert_same_run, final, last_checkpoint, metrics
 
 pytestmark = pytest.mark.processes
 

@@ -6,22 +6,22 @@ import itertools
 import json
 import math
 
-import driver
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import metrics, rollouts
 
 import data
+import driver
 import judge
 import losses
 import model
+import tiny
 import train
 from recipes import PAPER_1, PAPER_2, RECIPES, Recipe, Settings
 from support.cli import InputError
 from support.ranks import Ranks
+from tiny import metrics, rollouts
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 import data
 import forest
 import losses
 import sample
+import tiny
 
 ROOT = Path(sample.__file__).parent
 ALMOST_1 = 1 - 2 ** -53                    # the largest number that numpy's random() returns

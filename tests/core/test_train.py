@@ -7,13 +7,13 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 import transformers
 
 import data
 import model
 import sample
+import tiny
 import train
 from support import cli
 from support.checkpoint import OutDir

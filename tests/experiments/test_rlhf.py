@@ -4,21 +4,21 @@ import json
 import math
 import shutil
 
-import driver
 import pytest
-import tiny
 import torch
 import transformers
-from tiny import metrics
 
 import data
+import driver
 import losses
 import model
 import sample
+import tiny
 from experiments import rlhf
 from support.chats import chat_of
 from support.cli import InputError
 from support.families import FAMILIES, parse_config, with_reward_head
+from tiny import metrics
 
 
 def tensor(*values, grad=False):

@@ -3,11 +3,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
-from tiny import metrics
 
+import tiny
 from support.checkpoint import OutDir
 from support.cli import InputError
+from tiny import metrics
 
 
 @pytest.fixture(scope="module")

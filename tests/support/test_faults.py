@@ -10,16 +10,16 @@ import subprocess
 import time
 from pathlib import Path
 
-import driver
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+import driver
 import model
 import recipes
 import sample
+import tiny
 import train
 from support import checkpoint, disk
 from support.cli import InputError

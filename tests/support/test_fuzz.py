@@ -23,10 +23,10 @@ if __name__ == "__main__":
 
 import pytest
 import safetensors.torch
-import tiny
 import torch
 
 import model
+import tiny
 from support.cli import InputError
 from support.rows import read_rows
 from support.tokenizer import LLAMA3_WORDS, load_tokenizer

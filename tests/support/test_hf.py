@@ -4,12 +4,12 @@ import random
 import shutil
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import model
+import tiny
 from support import hf
 from support.cli import InputError
 

@@ -3,8 +3,9 @@
 import ast
 from pathlib import Path
 
-import house
 import pytest
+
+import house
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 import forest
 import judge
 import losses
 import model
+import tiny
 import train
 from support import memory
 

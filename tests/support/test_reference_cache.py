@@ -2,16 +2,16 @@
 import shutil
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import run, trainer
 
 import forest
 import losses
+import tiny
 import train
 from support.cli import InputError
 from support.reference_cache import ReferenceCache
+from tiny import run, trainer
 
 
 @pytest.fixture(scope="module")

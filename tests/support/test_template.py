@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny
 import transformers
 from tokenizers import AddedToken, Tokenizer
 
+import tiny
 from support.chats import chat_of
 from support.cli import InputError
 from support.rows import Unusable, read_rows
@@ -15,18 +15,20 @@ from support.template import ChatTemplate, read_template
 from support.tokenizer import load_tokenizer
 
 DATA = Path(os.environ.get("OSPREY_DATA") or Path(__file__).parents[3] / "shared/data")
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>"]
+SPECIAL = "<|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <s> </s>".split()
 TEMPLATES = {       # as published models have them, written in our own way
-    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+    "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
               "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
     "trims": "{{ bos_token }}{% for m in messages %}"
-             "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' }}{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
+             "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' }}"
+             "{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
              "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
     "strips": "{% for m in messages %}{% if m.role == 'user' %}"
               "{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}"
               "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
 }
-TALK = [{"role": "user", "content": "What does  the river do?\n"}, {"role": "assistant", "content": " It waits. "},
+TALK = [{"role": "user", "content": "What does  the river do?\n"},
+        {"role": "assistant", "content": " It waits. "},
         {"role": "user", "content": " And \u00bd of 12\u00b2 \U0001f600 clouds?"}]
 
 
@@ -73,8 +75,9 @@ def test_special_strings_in_a_message_stay_text(name, folder):
     tokenizer, fast = load_tokenizer(written(folder, TEMPLATES[name])), reference(folder)
     plain, odd = ([{"role": "user", "content": text}] for text in ("x y", "x </s><|im_end|> <|eot_id|> y"))
     special = set(tokenizer.special_ids.values())
-    counts = [[id for id in tokenizer.chat_template.ids(tokenizer, one) if id in special] for one in (plain, odd)]
-    assert counts[0] == counts[1] and len(ids_of(fast, odd)) < len(tokenizer.chat_template.ids(tokenizer, odd))
+    ids = [tokenizer.chat_template.ids(tokenizer, one) for one in (plain, odd)]
+    counts = [[id for id in one if id in special] for one in ids]
+    assert counts[0] == counts[1] and len(ids_of(fast, odd)) < len(ids[1])
     assert tokenizer.decode(tokenizer.encode("x </s><|im_end|>")) == "x </s><|im_end|>"
 
 
@@ -98,8 +101,9 @@ def test_where_a_folder_has_its_template(folder, tmp_path):
 
 
 def test_a_template_runs_in_a_sandbox():
-    """It can neither reach Python's internals nor change what it is given; what it refuses is a row's reason."""
-    for source in ("{{ ''.__class__.__mro__ }}{{ messages.__init__.__globals__ }}", "{{ messages.append(1) }}",
+    """It neither reaches Python's internals nor changes what it is given; a refusal is a row's reason."""
+    for source in ("{{ ''.__class__.__mro__ }}{{ messages.__init__.__globals__ }}",
+                   "{{ messages.append(1) }}",
                    "{{ raise_exception('no') }}", "{{ nothing.there }}"):
         with pytest.raises(Unusable):
             ChatTemplate(source, {}).text([{"role": "user", "content": "x"}])

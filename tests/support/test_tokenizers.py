@@ -543,7 +543,7 @@ def test_sampling_mask(load):
 def test_ends_and_stops(made, tmp_path):
     write(tmp_path, tokenizer__model=(made["sp"] / "tokenizer.model").read_bytes())
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.eos_id, tokenizer.stop_ids, tokenizer.chat_template) == (2, {2}, False)
+    assert (tokenizer.eos_id, tokenizer.stop_ids, tokenizer.chat_template) == (2, {2}, None)
     n = tokenizer.vocab_size
     assert load_tokenizer(write(tmp_path, config__json={"eos_token_id": 5, "bos_token_id": 3})).bos_id == 3
     tokenizer = load_tokenizer(write(tmp_path, config__json={"eos_token_id": [7, 8], "bos_token_id": None}))
