@@ -27,7 +27,7 @@ REFINEMENT_PROMPT = (      # p of paper 1, prepended to the query
 def in_turns(prompt, chat):
     """The prompt as messages where a format was chosen: text is one user's turn, an HH dialogue its turns.
 
-    What has no text to ask, or stops inside of an HH dialogue, stays as it stands.
+    Blank text, and HH text that does not end with "Assistant:", stays as it stands.
     """
     if chat.name is None or not isinstance(prompt, str) or not prompt.strip():
         return prompt
@@ -137,7 +137,7 @@ def cut_turns(tokenizer, chat, messages, room):
 
 @dataclass
 class Pair:
-    """A row as ids; chosen and rejected go after x, and after refined_x with the same ids."""
+    """A row as ids: a pair, one response, or a prompt. Responses go after x and after refined_x alike."""
     count: ClassVar[int] = 1      # what it counts in the mean over a batch
     x: list[int]                  # prefix included
     refined_x: list[int] | None   # prefix, p, and x as it goes on after p, cut alike; None without p
@@ -171,7 +171,7 @@ def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_
     texts = [text for text in (row.chosen, row.rejected) if text is not None]
     responses = [response_ids(tokenizer, prompt, text, chat, finished)
                  for text, finished in zip(texts, row.finished)]
-    room_for = responses or [[tokenizer.eos_id] * max_tokens]
+    room_for = responses or [[tokenizer.eos_id] * max_tokens]        # the room of a sample
     kept = prompt
     if isinstance(prompt, list) and chat.marks:
         room = prompt_room(prefix, room_for, max_length, max_prompt_length)
@@ -289,4 +289,4 @@ def named_winner(pair):
     """The pair with the response first that p calls the better one."""
     if pair.strength is None or pair.strength > 0.5:
         return pair
-    return replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+    return replace(pair, chosen=pair.rejected, rejected=pair.chosen, strength=1 - pair.strength)

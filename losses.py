@@ -124,7 +124,7 @@ def pair_metrics(settings, loss, margin, augmented, delta, strength, policy):
     found = {"loss": loss, "margin": margin, "accuracy": correct(margin), "chosen_logp": policy[0],
              "rejected_logp": policy[1]}
     if delta is not None:
-        scale = s.delta_scale if s.recipe == "sr-ipo" else "logistic"
+        scale = s.delta_scale if s.recipes[s.recipe].loss == "sr-ipo" else "logistic"
         found["augmented_accuracy"] = correct(augmented)
         found["refined_margin"] = refined_margin(margin, delta, s.beta, s.lam, scale)
     if strength is not None:

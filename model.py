@@ -310,7 +310,7 @@ def match(config, shapes, folder):
 
 
 def checked_network(folder):
-    """The same in float32, once the headers of its weights hold what config.json asks for."""
+    """empty_network in float32, after `match` has compared the headers of its weights."""
     net = empty_network(folder)
     match(net.config, {name: weight.shape for name, weight in net.named_parameters()}, folder)
     return net

@@ -67,7 +67,8 @@ class Recipe:
     def loss_of(self, settings, **known):
         """(N,) losses, from what is `known` by name and, for the rest of the arguments, the settings."""
         function = getattr(losses, self.loss.replace("-", "_"))
-        return function(**{name: known.get(name, getattr(settings, name, None)) for name in self.arguments()})
+        return function(**{name: known[name] if name in known else getattr(settings, name)
+                           for name in self.arguments()})
 
     @property
     def online(self):
@@ -152,14 +153,14 @@ class Settings:
     delta_scale: str = setting("printed", "sr-ipo: λΔπ (eq. 15) or λΔπ/β", choices=("printed", "exact"))
     judge_task: str = setting("helpful", "the judge's instruction", choices=tuple(TEMPLATES))
     k: int | None = setting(None, "responses per prompt; papers: 7, with little data 9 and 21", least=1)
-    temperature: float = setting(0.7, "of sampling (paper 2); greedy samples would all be one", above=0)
+    temperature: float = setting(0.7, "of sampling (paper 2); greedy ones would all be the same", above=0)
     top_p: float = setting(0.9, "of sampling (paper 2)", above=0, most=1)
     candidates: int | None = setting(None, "rso: samples of which k are kept; default: 4 k", least=1)
     rso_beta: float = setting(0.1, "rso: towards 0 the best are kept, towards ∞ whatever comes", above=0)
     iterations: int | None = setting(None, "spin: how often policy and reference become equal", least=1)
 
     max_length: int | None = setting(None, "BOS + x + y; default: 512, or what fits", least=3, group="Tokens")
-    max_prompt_length: int | None = setting(None, "x is cut to this; default: half of max_length", least=1)
+    max_prompt_length: int | None = setting(None, "x is cut down to no less; default: half", least=1)
     max_tokens: int | None = setting(None, "of a sample; default: what max_length leaves", least=1)
 
     out_dir: str = setting("out", "gets metrics.jsonl, checkpoint/, final/ …", group="What is written")
@@ -174,7 +175,7 @@ class Settings:
     dtype: str = setting("auto", "of the computation; auto: bfloat16 on CUDA",
                          choices=("auto", "float32", "bfloat16", "float64"), group="The machine")
     device: str = setting("auto", "auto, cpu, cuda, mps")
-    replicas: int = setting(1, "copies of the sharded weights; 2 on two nodes: gather inside", least=1)
+    replicas: int = setting(1, "copies of the sharded weights; 2: gather inside each of two nodes", least=1)
     checkpoint_activations: bool = setting(False, "less memory, a third more time")
     reference_cache: str | None = setting(None, "folder that keeps what π_ref says of the data")
     dry_run: bool = setting(False, "only print the memory that each rank needs")
@@ -198,6 +199,10 @@ class Settings:
         for name in ("model", "reference", "judge"):          # "dir/" is "dir": one copy in memory
             if getattr(self, name):
                 setattr(self, name, os.path.normpath(getattr(self, name)))
+        strange = [name for name in recipe.arguments()
+                   if name not in ("logprob", "margin", "delta", "strength") and not hasattr(self, name)]
+        if strange:
+            raise InputError(f"losses.py: {recipe.loss} asks for {strange[0]}, which is no setting.")
         iterates = (self.iterations or 1) > 1
         impossible = (
             ("k", recipe.pairs in PAIRINGS and self.k < 2, "pairs need at least 2 responses per prompt"),

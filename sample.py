@@ -5,7 +5,7 @@
 
 A sample is a pure function of (seed, step, prompt index, k): its randomness is a table of uniforms made
 beforehand, and each token is found by inverting the distribution function. So neither the number of
-processes, nor the batches of prompts, nor rows that finish early can change it.
+processes, nor the batches of prompts, nor rows that finish early can change it (up to rounding).
 
 Letters: P prompts, K samples per prompt, R rows (P·K at first), V vocabulary.
 """
@@ -131,8 +131,8 @@ def sample_prompts(net, prompts, k, max_tokens, seed, step, stop_ids, allowed, t
                    rooms=None, places=None, at_a_time=8, on_token=None):
     """Yields each prompt's K Samples, in order; `at_a_time` prompts are sampled as one batch.
 
-    prompts: lists of ids; rooms: tokens that fit after each prompt; places: each prompt's number in its step,
-    0, 1, … unless told (with seed and step it names the prompt's randomness); the others: see generate.
+    prompts: lists of ids; rooms: tokens that fit after each prompt; places: a number for each prompt, 0, 1,
+    … unless told, which names its randomness together with seed and step; the others: see generate.
     """
     places = range(len(prompts)) if places is None else places
     limits = [max_tokens if rooms is None else min(max_tokens, rooms[i]) for i in range(len(prompts))]

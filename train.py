@@ -63,7 +63,7 @@ def shard(net, dtype, mesh):
 def gathered(*nets):
     """Whole weights on every rank: forwards inside make no collective calls, so ranks may make different
     numbers of them. What was gathered is given back at the end: the next forward gathers updated weights."""
-    wrapped = [net for net in dict.fromkeys(nets) if isinstance(net, FSDPModule)]    # a net may be both
+    wrapped = [net for net in dict.fromkeys(nets) if isinstance(net, FSDPModule)]   # one may be both
     for net in wrapped:
         for module in (*net.blocks, net):
             module.unshard()
@@ -90,7 +90,8 @@ def whole_tensor(tensor):
 
 
 class Networks:
-    """The policy, its frozen reference and judge: read once, sharded before they have memory, saved."""
+    """The policy, its frozen reference and judge: sharded before they have memory, each folder read once.
+    A Trainer sets reference, judge and optimizer when it knows its data."""
 
     def __init__(self, settings):
         s = self.settings = settings
@@ -158,7 +159,7 @@ class Networks:
 
     @torch.no_grad()
     def reference_from_policy(self):
-        """π_t, the opponent and the reference of SPIN's iteration t, is the policy at its start."""
+        """π_t, opponent and reference of SPIN's iteration t, is the policy when that iteration starts."""
         for ours, theirs in zip(reshard(self.reference).parameters(), reshard(self.policy).parameters()):
             ours, theirs = (part.to_local() if hasattr(part, "to_local") else part for part in (ours, theirs))
             ours.copy_(theirs)
@@ -185,7 +186,7 @@ class Networks:
         return tensors
 
     def allocate_state(self, state):
-        """The same to be read into: an optimizer has its state only after a step that was not skipped."""
+        """The same, allocated, to read a checkpoint into: an optimizer has its state only after a step."""
         if state["skipped"] < state["step"]:
             for group in self.optimizer.param_groups:
                 group["lr"] = 0.0
@@ -284,28 +285,29 @@ class Trainer(Networks):
         """Paper 2, algorithm 1: fresh pairs, each with the judge's strength of preference. (RAFT and SPIN
         take a part of it: fresh_responses.)"""
         first = step * self.settings.batch_size + self.ranks.rank        # the place of the first prompt
-        rankings, verdicts = [], []
-        with gathered(self.sampler, self.judge):            # whole weights: no collective calls inside
+        judged, verdicts = [], []                           # per prompt: (K scores, [(i, j, p)])
+        with gathered(self.sampler, self.judge):            # whole weights: forwards need no other rank
             # 1. Sample K responses to each prompt (osp: from the policy).
             with self.log.timed("sample_seconds"):
                 samples = self.sample_prompts(self.sampler, step, prompts, first)
             with self.log.timed("judge_seconds"), model.without_adapters(self.judge):
-                for asked in self.ranking_passes(prompts, samples):
+                for judge_pass in self.ranking_passes(prompts, samples):
                     # 2. Rank them by p(y ≻ ∅ | x).
-                    strengths = asked.rank()
+                    scores = judge_pass.rank()
                     # 3. Pair best with worst, second best with second worst, …
                     pairs = [paired(self.settings, step, first + i * self.ranks.size, some)
-                             for i, some in zip(asked.prompts, strengths)]
+                             for i, some in zip(judge_pass.prompts, scores)]
                     # 4. Ask about each pair directly, in both orders.
-                    rankings += zip(strengths, asked.ask(pairs))
-                    verdicts += asked.verdicts
+                    judged += zip(scores, judge_pass.ask(pairs))
+                    verdicts += judge_pass.verdicts
         # 5. Update the policy on the pairs and their strengths: learn, with what this gives.
-        fresh = fresh_responses(self.recipe, prompts, samples, rankings)
-        self.keep_rollout(step, prompts, samples, rankings, verdicts, fresh)
+        fresh = fresh_responses(self.recipe, prompts, samples, judged)
+        self.keep_rollout(step, prompts, samples, judged, verdicts, fresh)
         return worth_learning(self.recipe, [example_of(*one) for one in fresh], self.log)
 
     def learn(self, examples, loss):
-        """One optimizer step; the loss is the mean over the examples of ALL ranks, however they were split.
+        """One optimizer step; the loss is the mean over the examples (SFT: supervised tokens) of ALL ranks,
+        however they were split.
 
         Returns (norm of the gradient, None or why the weights stay as they are).
         """
@@ -313,7 +315,7 @@ class Trainer(Networks):
         size = s.micro_batch_size * self.recipe.examples_per_prompt(s.k)
         micros = [examples[i:i + size] for i in range(0, len(examples), size)]
         total, = self.ranks.sum([sum(example.count for example in examples)])
-        rounds = self.ranks.largest(len(micros))        # each gathers sharded weights: as many on all ranks
+        rounds = self.ranks.largest(len(micros))        # each is a collective call: as many on all ranks
         for i in range(rounds):
             if s.replicas > 1:                          # replicas add up their own and meet once per step
                 for net in self.networks().values():
@@ -329,7 +331,7 @@ class Trainer(Networks):
             why_not = "the loss or its gradient is not finite"
         elif not total:
             undecided = means.get("undecided")
-            why_not = "no pair has a winner" if undecided else "all samples of a prompt are the same"
+            why_not = "no pair has a winner" if undecided else "both responses of every pair are the same"
         else:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -356,7 +358,7 @@ class Trainer(Networks):
             strength = torch.tensor(known, device=margin.device, dtype=margin.dtype)
         values = self.recipe.loss_of(s, margin=margin, delta=delta, strength=strength)
         self.log.add_all(losses.pair_metrics(s, values, margin, augmented, delta, strength, policy))
-        if self.recipe.responses == "policy" and torch.is_grad_enabled():     # samples in a pair
+        if self.recipe.responses == "policy" and torch.is_grad_enabled():   # log π/π_ref of its own
             self.log.add("kl", torch.cat(policy) - torch.cat(reference))
         if not self.recipe.online:
             self.log.add("response_length", [len(y) for pair in pairs for y in (pair.chosen, pair.rejected)])
@@ -431,7 +433,7 @@ class Trainer(Networks):
         s, limits = self.settings, self.data
         k, places = s.candidates or s.k, [first + i * self.ranks.size for i in range(len(prompts))]
         longest = max((len(query.x) for query in prompts), default=0) + k * limits.max_tokens
-        size = -self.ranks.largest(-prompts_at_a_time(self.policy, self.dtype.itemsize, longest))
+        size = prompts_at_a_time(self.policy, self.dtype.itemsize, longest)
         with model.without_adapters(net if self.recipe.responses != "policy" else None):
             samples = list(sample.sample_prompts(
                 model.in_compute_dtype(net, self.dtype), [query.x for query in prompts], k, limits.max_tokens,
@@ -449,12 +451,12 @@ class Trainer(Networks):
         texts = [[one.text for one in group] for group in samples]
         return judge.ranking_passes(self.judge, self.judge_prompt, contexts, texts)
 
-    def keep_rollout(self, step, prompts, samples, rankings, verdicts, fresh):
+    def keep_rollout(self, step, prompts, samples, judged, verdicts, fresh):
         """Log what was sampled and judged, write it down, and show some of it."""
-        log, every = self.log, [one for group in samples for one in group]
-        log.add_all({"response_length": [len(one.ids) for one in every],
-                     "finished": [one.finished for one in every],
-                     "empty": [not one.text.strip() for one in every],
+        log, drawn = self.log, [one for group in samples for one in group]
+        log.add_all({"response_length": [len(one.ids) for one in drawn],
+                     "finished": [one.finished for one in drawn],
+                     "empty": [not one.text.strip() for one in drawn],
                      "prompt_cut": [query.cut for query in prompts]})
         if verdicts:
             asked = sum(len(some.p) for some in verdicts)
@@ -462,9 +464,9 @@ class Trainer(Networks):
             log.add("judge_off", [sum(some.not_a_or_b for some in verdicts)], count=2 * asked)
         self.out.write_rollouts(step, [row_of(*one) for one in fresh])
         every = self.settings.sample_every
-        if every and step % every == 0 and rankings:
+        if every and step % every == 0 and judged:
             context = data.context_text(prompts[0].row.prompt)
-            self.say(shown(step, context, [one.text for one in samples[0]], *rankings[0]))
+            self.say(shown(step, context, [one.text for one in samples[0]], *judged[0]))
 
     @torch.no_grad()
     def labelled(self, rows):
@@ -483,7 +485,7 @@ class Trainer(Networks):
 
     @torch.no_grad()
     def evaluate(self):
-        """{"eval_…": mean over the held-out rows}; for online recipes these are pairs, with p = 1."""
+        """{"eval_…": mean over the held-out rows}; a pair without a p of its own counts as p = 1."""
         self.log, size = self.new_log(), self.settings.micro_batch_size
         rows = self.data.held_out[self.ranks.rank::self.ranks.size]
         for i in range(0, self.ranks.largest(len(rows)), size):
@@ -535,35 +537,35 @@ def prompts_at_a_time(net, itemsize, tokens):
 # ------------------------------------------------------------------------------------------------------------
 # Fresh responses as examples, as rows of a file, as text
 
-def paired(settings, step, place, strengths):
+def paired(settings, step, place, scores):
     """[(winner, loser)] of the samples of the prompt at a place of a step; what is drawn (random pairs, rso's
     acceptance) is a pure function of (seed, step, place)."""
     generator = np.random.default_rng([settings.seed, 4, step, place])
     recipe = settings.recipes[settings.recipe]
     pairing = judge.PAIRINGS[recipe.pairs]
     if recipe.responses != "rso":
-        return pairing(strengths, generator)
-    accepted = judge.rejection_sample(strengths, settings.k, settings.rso_beta, generator)
-    return [(accepted[i], accepted[j]) for i, j in pairing([strengths[i] for i in accepted], generator)]
+        return pairing(scores, generator)
+    accepted = judge.rejection_sample(scores, settings.k, settings.rso_beta, generator)
+    return [(accepted[i], accepted[j]) for i, j in pairing([scores[i] for i in accepted], generator)]
 
 
-def fresh_responses(recipe, prompts, samples, rankings):
-    """[(query, chosen, rejected, p)]: which of the samples teach something. RAFT takes each prompt's best one
-    alone; in SPIN the data set's response wins over each sample; else it is the judge's pairs."""
+def fresh_responses(recipe, prompts, samples, judged):
+    """[(query, first, second, p(first ≻ second))] of what was sampled: the judge's pairs, of which the first
+    need not win. RAFT takes each prompt's best one alone; in SPIN the data set's wins over each sample."""
     if recipe.pairs == "spin":
         own = [sample.Sample(query.chosen, 0.0, query.row.finished[0], query.row.chosen) for query in prompts]
         return [(query, better, one, 1.0)
                 for query, better, group in zip(prompts, own, samples) for one in group]
     if recipe.pairs == "best":
-        best = [max(range(len(strengths)), key=strengths.__getitem__) for strengths, _ in rankings]
+        best = [max(range(len(scores)), key=scores.__getitem__) for scores, _ in judged]
         return [(query, group[i], None, None) for query, group, i in zip(prompts, samples, best)]
-    return [(query, group[i], group[j], p) for query, group, (_, pairs) in zip(prompts, samples, rankings)
+    return [(query, group[i], group[j], p) for query, group, (_, pairs) in zip(prompts, samples, judged)
             for i, j, p in pairs]
 
 
 def worth_learning(recipe, examples, log):
-    """The examples that teach something; for hard labels with the winner that the direct verdict names. Two
-    times the same response, or p = ½ where a winner is needed, teach nothing."""
+    """The examples without pairs of equal responses; for hard labels without p = ½ too, with the winner that
+    the direct verdict names in front, and p = 1."""
     if recipe.pairs == "best":
         return examples
     log.add("identical", [pair.chosen == pair.rejected for pair in examples])
@@ -575,18 +577,19 @@ def worth_learning(recipe, examples, log):
     return pairs
 
 
-def example_of(query, chosen, rejected, p):
-    if rejected is None:
-        return Sequence(query.x + chosen.ids, len(query.x))
-    return Pair(query.x, query.refined_x, chosen.ids, rejected.ids, p, query.row, False)
+def example_of(query, first, second, p):
+    """A fresh response, or two of them, to be trained on."""
+    if second is None:
+        return Sequence(query.x + first.ids, len(query.x))
+    return Pair(query.x, query.refined_x, first.ids, second.ids, p, query.row, False)
 
 
-def row_of(query, chosen, rejected, p):
-    """The same as a data row, so that a run can be replayed offline."""
-    if rejected is None:
-        return {"prompt": query.row.prompt, "response": chosen.text, "finished": [chosen.finished, True]}
-    return {"prompt": query.row.prompt, "chosen": chosen.text, "rejected": rejected.text, "p": round(p, 6),
-            "finished": [chosen.finished, rejected.finished]}
+def row_of(query, first, second, p):
+    """The same as a row of a data file, so that a run can be replayed offline."""
+    if second is None:
+        return {"prompt": query.row.prompt, "response": first.text, "finished": [first.finished, True]}
+    return {"prompt": query.row.prompt, "chosen": first.text, "rejected": second.text, "p": round(p, 6),
+            "finished": [first.finished, second.finished]}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -678,7 +681,7 @@ def resolved(trainer):
 def main(settings, trainer=Trainer, world=None):
     """Train on what was named, or run `world`, the embedded one, where no model was."""
     for name in ("model", "reference", "judge", "reward", "out_dir"):
-        if getattr(settings, name, None) == "":         # an unset shell variable, not a wish for toys
+        if getattr(settings, name, None) == "":         # an unset shell variable
             raise InputError(f"--{name}= is empty.")
     settings.check_used()
     if settings.dry_run:

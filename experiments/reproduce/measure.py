@@ -108,8 +108,9 @@ def reward_scores(folder, texts):
     """The reward model's scores of [(prompt, response)], shifted as it asks: (N,)."""
     net = model.load(folder, torch.float32, "cpu", reward_head=True)
     tokenizer = sample.matching_tokenizer(folder, net.config)
+    chat = data.chat_of(tokenizer, None)
     ids = [tokenizer.prefix(False) + data.prompt_ids(tokenizer, x, None) +
-           data.response_ids(tokenizer, x, " " + y.strip(), None) for x, y in texts]
+           data.response_ids(tokenizer, x, " " + y.strip(), chat) for x, y in texts]
     scores = [rlhf.scores(net, forest.pack(ids[i:i + 64])).numpy() for i in range(0, len(ids), 64)]
     return np.concatenate(scores) - rlhf.reward_shift(net.config, folder)
 
@@ -118,7 +119,7 @@ def reward_scores(folder, texts):
 def data_logprobs(net, tokenizer, world):
     """log π of held-out responses of the SFT data, in nats per token: (N,)."""
     responses, _ = rows.read_rows(world / "eval_sft.jsonl", "responses")
-    pairs, _ = data.encode_dataset(tokenizer, responses, None, 64, 32)
+    pairs, _ = data.encode_dataset(tokenizer, responses, data.chat_of(tokenizer, None), 64, 32)
     packed = forest.pack([pair.x + pair.chosen for pair in pairs])
     logprobs = losses.logprobs(net, packed, [len(pair.x) for pair in pairs])
     return (logprobs / torch.tensor([len(pair.chosen) for pair in pairs])).numpy()

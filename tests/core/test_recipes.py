@@ -137,7 +137,7 @@ def test_the_papers_defaults():
 ])
 def test_senseless_combinations_name_the_axis(axes, word):
     with pytest.raises(InputError, match=f"^{word} does not fit: "):
-        Recipe(*(None if axis == "-" else axis for axis in axes.split()))
+        Recipe(*(None if axis == "-" else axis for axis in axes.split()), defaults={})
 
 
 def test_a_loss_of_ones_own(world, tmp_path, monkeypatch):
@@ -171,7 +171,8 @@ METHOD = dict(beta=0.7, reference="r", reference_cache="c", lam=0.7, refinement_
 FIXED, JUDGED = "beta reference reference_cache", "judge judge_task"
 SAMPLED = "k temperature top_p max_tokens prompts"
 OSP = f"{SAMPLED} {JUDGED} beta reference"
-READS = dict.fromkeys(RECIPES, OSP) | {
+ONLINE = "osp osp-dpo osp-ipo random-pairs self-rewarding sft-sampling".split()
+READS = dict.fromkeys(ONLINE, OSP) | {
     "sft": "", "judge": "judge_task", "dpo": FIXED, "ipo": FIXED, "sr-dpo": f"{FIXED} lam refinement_prompt",
     "sr-ipo": f"{FIXED} lam refinement_prompt delta_scale", "offline-soft": f"{FIXED} {JUDGED}",
     "raft": f"{SAMPLED} {JUDGED}", "spin": f"{SAMPLED} beta reference iterations",

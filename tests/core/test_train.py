@@ -51,7 +51,8 @@ def test_recipe_from_end_to_end(recipe, family, world, tmp_path):
     rows = tiny.run(world, tmp_path / "out", model=str(folder), recipe=recipe, dtype="float32")
     assert [row["step"] for row in rows] == [1, 2, 3]
     # At π = π_ref every margin is 0: -log ½ for logistic losses and SPCE, (1/2β)² = 25 for IPO at β = 0.1.
-    first = {"sft": None, "ipo": 25.0, "sr-ipo": 25.0}.get(train.RECIPES[recipe].loss, math.log(2))
+    starts = dict.fromkeys(("dpo", "sr-dpo", "spce", "sr-spce"), math.log(2)) | {"ipo": 25.0, "sr-ipo": 25.0}
+    first = starts.get(train.RECIPES[recipe].loss)
     if first is not None:
         assert rows[0]["loss"] == pytest.approx(first, rel=1e-7)
         assert rows[0]["margin"] == 0
