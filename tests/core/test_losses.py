@@ -14,6 +14,7 @@ import data
 import losses
 import tiny
 from losses import dpo, ipo, refinement, sft, spce, sr_dpo, sr_ipo, sr_spce
+from recipes import RECIPES
 
 LN2, LN3 = math.log(2), math.log(3)
 HALF, QUARTER = 0.5, 0.25
@@ -77,7 +78,8 @@ def test_by_hand(name):
 def test_pair_metrics(recipe, delta_scale, refined):
     """β = ¼, λ = ½. h = 12, h_p = 16, Δ = 4: 12 - ½·4/¼ = 4, printed Sr-IPO 12 - ½·4 = 10. The second pair,
     h = -4 ln 3 and p̂ = ¼, is ordered wrongly after x and rightly after p⊕x."""
-    settings = SimpleNamespace(recipe=recipe, delta_scale=delta_scale, beta=QUARTER, lam=HALF)
+    settings = SimpleNamespace(recipes=RECIPES, recipe=recipe, delta_scale=delta_scale, beta=QUARTER,
+                               lam=HALF)
     h, h_p, p, policy = t(12, -4 * LN3), t(16, 4), t(0.9, 0.2), (t(-3, -9), t(-8, -2))
     plain = losses.pair_metrics(settings, t(7, 8), h, None, None, None, policy)
     expected = {"loss": (7, 8), "margin": (12, -4 * LN3), "accuracy": (1, 0), "chosen_logp": (-3, -9),

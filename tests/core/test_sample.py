@@ -468,6 +468,7 @@ def test_streaming_prints_whole_characters(family, folders, monkeypatch):
     assert all(any(char in part for part in writes) for char in "é日😀") and "\ufffd" not in "".join(writes)
 
 
+@pytest.mark.processes
 def test_a_real_process(folders, tmp_path):
     """A terminal that is not UTF-8 is shown ? for what it lacks, and rows stay whole: JSON escapes it."""
     def run(*arguments):

@@ -52,7 +52,8 @@ def test_held_out_combinations_are_in_no_training_file():
 
 
 def test_the_world_is_a_function_of_its_seed():
-    assert toy.world(3) == toy.world(3) and toy.world(3)["pairs"] != toy.world(4)["pairs"]
+    one = toy.world(3)
+    assert one == toy.world(3) and one["pairs"] != toy.world(4)["pairs"]
 
 
 def test_labels_are_bradley_terry():

@@ -343,7 +343,8 @@ def test_a_read_only_out_dir(world, small, capsys, monkeypatch):
 # torchrun
 
 @pytest.mark.processes
-@pytest.mark.parametrize("resume, rank", [("auto", 1), pytest.param("never", 0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("resume, rank", [("auto", 1), ("never", 0)])
 def test_torchrun_restarts_a_killed_rank(resume, rank, world, whole, tmp_path):
     """--max-restarts=1: the second try goes on from the first one's checkpoint, though told to start over."""
     if resume == "never":
@@ -393,6 +394,7 @@ def test_the_lock_is_the_last_ranks(world, tmp_path):
 # Told to stop
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_a_signal_to_torchrun(world, whole, tmp_path):
     """torchrun passes it on; the step is finished, saved, named; the same command ends with the same bits."""
     given = settings(world, tmp_path, save_every=2)
