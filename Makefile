@@ -15,7 +15,7 @@ fast: .venv/dev   ## the core's tests that start no processes: within a minute
 	$(BIN)/python -m pytest tests/core -m "not slow and not processes" -n auto --dist loadfile $(ARGS)
 
 test: .venv/dev   ## all tests but the slow ones
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 slow: .venv/dev   ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

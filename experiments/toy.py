@@ -525,7 +525,7 @@ def results(out, stages, settings):
         accuracy = 100 * evaluations(out / "reward", "accuracy")[-1]
         text.append(f"\nreward model's accuracy on {ROWS['eval']} held-out noisy pairs: {accuracy:.1f} %")
     curve = " → ".join(f"{loss:.3f}" for loss in evaluations(out / "sft", "loss"))
-    return "\n".join(text + ([f"SFT's held-out loss, nats a token: {curve}"] if curve else []))
+    return "\n".join(text + ([f"SFT's held-out loss, nats per token: {curve}"] if curve else []))
 
 
 def check_world(out, settings):

@@ -170,7 +170,7 @@ PAPER_2 = [
               ("osp-dpo, loss, second quarter − last", "loss", 0.01))))),
     Claim("O7", "ranked > random > RAFT; SPIN pulls towards its data set", "figure", (
         better("osp", "random-pairs"), better("random-pairs", "raft"),
-        Part("log π of held-out SFT data, nats a token, spin − sft",
+        Part("log π of held-out SFT data, nats per token, spin − sft",
              score("spin", "data", "logprob") - score("sft", "data", "logprob"), 0.05,
              units=("sft", "data_logprob")))),
     Claim("O8", "on-policy > SFT sampling, RSO, offline", "figure", (
