@@ -277,6 +277,7 @@ def test_a_signal_finishes_the_step_and_saves(world, tmp_path, capsys):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_workers_leave_with_their_torchrun(world, tmp_path):
     """SIGKILL of torchrun leaves its workers alive, and they would go on writing."""
     given, file = tiny.settings(world, tmp_path, steps=100_000), tmp_path / "metrics.jsonl"

@@ -338,7 +338,7 @@ def label(name, folder, needs):
     return 0.0 if name == "kept" else 1.0
 
 
-@pytest.mark.parametrize("workers", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_jobs_wait_for_what_they_need(workers, tmp_path, capsys):
     """A chain and a fan, in any number of workers; what took no time is not told. One that fails ends all."""
     needs = {"a": [], "b": ["a"], "kept": ["a"], "d": ["b", "kept"], "e": []}

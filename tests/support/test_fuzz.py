@@ -426,7 +426,7 @@ def child(kind, seeds):
     return refused
 
 
-@pytest.mark.parametrize("share", [2, pytest.param(1, marks=pytest.mark.slow)], ids=["half", "all"])
+@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)], ids=["quarter", "all"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_input(kind, share):
     count = KINDS[kind][1] // share
