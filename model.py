@@ -104,6 +104,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (Norm(config, config.head_dim) for _ in "qk")
 
     def forward(self, x, cos, sin, attend):
+        """(B, T, D) -> (B, T, D); attend: q (B, H, T, E), k and v (B, G, T, E) -> (B, H, T, E)."""
         B, T, _ = x.shape
         if self.config.is_neox:
             q, k, v = self.qkv(x).view(B, T, self.config.heads, 3, -1).unbind(3)

@@ -37,11 +37,12 @@ PAIRS = {      # what can be made of responses
 
 @dataclass(frozen=True)
 class Recipe:
+    """A method: its choice on each axis, as the head of this file has them, and the settings it brings."""
     loss: str
     responses: str
     pairs: str | None
     labels: str | None
-    defaults: dict                 # the settings that it brings: lr, batch_size, warmup_steps, …
+    defaults: dict                 # lr, batch_size, warmup_steps, …
 
     def __post_init__(self):
         """Refuse what does not go together, naming the axis to change."""

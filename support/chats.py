@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from support.cli import InputError
-from support.rows import ASSISTANT, hh_text
+from support.rows import ASSISTANT, Unusable, hh_text
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,11 @@ def chat_of(tokenizer, name):
 def template_chat(tokenizer, template):
     """The folder's template as a Chat: how it goes on after a prompt is read off two rendered dialogues."""
     question = {"role": "user", "content": "question"}
-    asked = template.text([question])
-    text, spans = template.marked([question, {"role": "assistant", "content": "answer"}], ask=False)
+    try:
+        asked = template.text([question])
+        text, spans = template.marked([question, {"role": "assistant", "content": "answer"}], ask=False)
+    except Unusable as reason:
+        raise InputError(f"--chat=template, on one question and its answer: {reason}.") from None
     start, stop = spans[-1] if spans else (len(text), len(text))
     between = text[len(asked):start] if text.startswith(asked) else ""
     ends = [id for id in template.encode(tokenizer, text[stop:], []) if id in tokenizer.special_ids.values()]

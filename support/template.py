@@ -30,7 +30,8 @@ def read_template(folder):
         return None
     special = read_json(folder / "special_tokens_map.json", absent={}) | config
     tokens = {name: value.get("content") if isinstance(value, dict) else value
-              for name, value in special.items() if name.endswith("_token") and value}
+              for name, value in special.items() if name.endswith("_token")}
+    tokens = {name: text for name, text in tokens.items() if isinstance(text, str)}      # not add_bos_token
     return ChatTemplate(source, tokens, str(folder))
 
 
@@ -72,7 +73,7 @@ class ChatTemplate:
         plain = self.text(messages, ask)
         if any(OPEN in one["content"] or CLOSE in one["content"] for one in messages):
             return plain, []
-        found, spans, text = self.text([enclosed(one) for one in messages], ask), [], ""
+        found, spans, text, start = self.text([enclosed(one) for one in messages], ask), [], "", 0
         for part in re.split(f"([{OPEN}{CLOSE}])", found):
             if part == OPEN:
                 start = len(text)

@@ -179,6 +179,13 @@ def folder(path, family="llama", seed=0, scale=0.3, vocab_size=420, **changes):
     return write_tokenizer(path, family, vocab_size)
 
 
+def world(path):
+    """The folder `path` with a model and a file of 13 pairs -> path."""
+    folder(path / "model")
+    write_jsonl(path / "pairs.jsonl", pairs(13, seed=1))
+    return path
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Trainings
 

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 import data
 from support.chats import FORMATS
@@ -367,7 +368,6 @@ def test_encode_responses_and_prompts():
 
 def test_zephyr_ids_of_a_real_tokenizer():
     """Golden ids of HuggingFaceH4/zephyr-7b-beta, whose tokenizer is Mistral's first."""
-    sentencepiece = pytest.importorskip("sentencepiece")
     file = shared("tokenizers/mistral-v1/tokenizer.model")
     model = sentencepiece.SentencePieceProcessor(model_file=str(file))
 

@@ -12,11 +12,7 @@ from tiny import metrics
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny model folder and a file of 13 pairs."""
-    path = tmp_path_factory.mktemp("world")
-    tiny.folder(path / "model")
-    tiny.write_jsonl(path / "pairs.jsonl", tiny.pairs(13, seed=1))
-    return path
+    return tiny.world(tmp_path_factory.mktemp("world"))
 
 
 def run(world, out, **changes):

@@ -100,6 +100,11 @@ def test_where_a_folder_has_its_template(folder, tmp_path):
         read_template(tmp_path)
 
 
+def test_a_template_that_takes_no_question_is_one_sentence(folder):
+    with pytest.raises(InputError, match="chat=template.*system first"):
+        chat_of(load_tokenizer(written(folder, "{{ raise_exception('system first') }}")), None)
+
+
 def test_a_template_runs_in_a_sandbox():
     """It neither reaches Python's internals nor changes what it is given; a refusal is a row's reason."""
     for source in ("{{ ''.__class__.__mro__ }}{{ messages.__init__.__globals__ }}",
@@ -113,6 +118,8 @@ def test_marks_that_a_template_would_notice_are_left_out():
     """Where marking changes more than the marks, the plain rendering is taken."""
     template = ChatTemplate("{{ messages[0].content | length }}", {})
     assert template.marked([{"role": "user", "content": "four"}]) == ("4", [])
+    backwards = ChatTemplate("{{ messages[0].content | reverse }}", {})
+    assert backwards.marked([{"role": "user", "content": "abc"}])[0] == "cba"
 
 
 @pytest.mark.parametrize("name", ["llama-2-chat", "llama-3.2-instruct", "mistral-instruct-v0.2",
