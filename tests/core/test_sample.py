@@ -119,6 +119,25 @@ def test_frequencies_are_probabilities(temperature, top_p):
         assert all(abs(tokens.count(token) - M * p) < 2 for token, p in expected.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999999, 1.0])
+def test_choose_equals_a_full_sort(top_p, dtype):
+    """Only tokens that may be in the nucleus are sorted: for rows from flat to peaked, half of their logits
+    equal to others and a third impossible, the tokens are those of sorting the whole vocabulary."""
+    generator = torch.Generator().manual_seed(1)
+    for scale in (0, 0.3, 2, 12):
+        rows = (scale * torch.randn(40, 700, generator=generator, dtype=dtype)).mul(2).round() / 2
+        rows[:, 350:] += scale * torch.rand(40, 350, generator=generator, dtype=dtype)
+        rows[:, ::3] = -math.inf
+        uniform = torch.rand(40, generator=generator, dtype=dtype)
+        for temperature in (0.3, 0.7, 2.0):
+            falling, ids = (rows / temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
+            held = falling.cumsum(-1)
+            mass = held.masked_fill(held < top_p, math.inf).amin(-1, keepdim=True).minimum(held[:, -1:])
+            place = (held <= uniform[:, None] * mass).sum(-1, keepdim=True)
+            assert sample.choose(rows, uniform, temperature, top_p).equal(ids.gather(-1, place)[:, 0])
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Generation
 
