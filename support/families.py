@@ -3,14 +3,12 @@
 A family that computes as Llama does is a row of FAMILIES. Each field of a file is implemented, known to be
 without effect, or refused by name because it changes the mathematics; what is left is named on stderr.
 """
-import functools
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.nn.functional as F
 
-from support.cli import InputError, read_json
+from support.cli import InputError, note, read_json
 
 ACTIVATIONS = {
     "silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu,
@@ -112,7 +110,8 @@ HARMLESS = set("""
     output_hidden_states output_attentions id2label label2id reward_shift problem_type chunk_size_feed_forward
     is_decoder tokenizer_class num_labels task_specific_params _attn_implementation_autoset
     attn_implementation gradient_checkpointing rope_scaling rope_parameters layer_types max_window_layers
-    is_llama_config max_sequence_length unsloth_fixed unsloth_version custom_pipelines""".split())
+    is_llama_config max_sequence_length unsloth_fixed unsloth_version custom_pipelines
+    transformers.js_config""".split())
 # What relatives of Llama in transformers compute otherwise: refused, unless false, empty or NEUTRAL.
 CHANGING = set("""
     quantization_config rope_interleaved rope_interleave rope_dim rotary_dim partial_rotary_factor
@@ -125,7 +124,7 @@ CHANGING = set("""
     num_experts num_local_experts n_routed_experts moe_num_experts num_experts_per_tok moe_intermediate_size
     mlp_only_layers kv_lora_rank q_lora_rank use_post_norm use_sandwich_norm""".split())
 NEUTRAL = dict.fromkeys(("logit_scale", "logits_scaling", "residual_multiplier", "embedding_multiplier"), 1)
-DROPOUTS = {"attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"}
+DROPOUTS = set("attention_dropout hidden_dropout residual_dropout resid_pdrop embd_pdrop attn_pdrop".split())
 ROPE_TYPES = {"default": (), "linear": ("factor",), "llama3": (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 LARGEST = 2 ** 28          # no size is larger: the bytes of a matrix of two of them can be counted in 64 bits
@@ -207,12 +206,6 @@ def read_fields(raw, family, where):
 def names_of(family):
     """The fields of a config.json that are read for this family, or are without effect for all."""
     return HARMLESS | DROPOUTS | {name for name, _ in family.fields.values()}
-
-
-@functools.cache
-def note(text):
-    """Say it on stderr, once however often a file is read."""
-    print(f"note: {text}", file=sys.stderr)
 
 
 def read_window(raw, values, where):

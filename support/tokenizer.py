@@ -11,8 +11,6 @@ ordinary characters. Only our own code puts special ids in, by name, from `speci
 import base64
 import codecs
 import contextlib
-import itertools
-import json
 import math
 import re
 import shutil
@@ -24,8 +22,9 @@ import regex
 import sentencepiece
 import tiktoken
 
-from support.cli import InputError, read_json
+from support.cli import InputError, note, read_json, write_json
 from support.template import read_template
+from support.tokenizer_json import checked_id, from_sentencepiece, putting_before, read_tokenizer_json, spaces
 
 # What a saved model folder takes over from the folder it was trained from.
 FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -50,7 +49,8 @@ def load_tokenizer(folder):
     path = path.with_name("tokenizer.json")
     if path.exists():
         with reading(path):
-            return read_tokenizer_json(path)
+            given = read_tokenizer_json(path)
+            return (SpacedBytePair if "starts" in given else BytePair)(path, **given)
     raise InputError(f"{folder}: holds no tokenizer (tokenizer.model or tokenizer.json).")
 
 
@@ -69,12 +69,6 @@ def reading(place):
         raise InputError(f"{place} cannot be used: {kind}{reason:.200}.") from error
 
 
-def checked_id(value):
-    if type(value) is not int or not 0 <= value < 2 ** 31:      # True is an int too, but no id
-        raise ValueError(f"{value!r:.40} is no token id")
-    return value
-
-
 class Tokenizer:
     """The way from ids to text, and which ids begin and end a text. Each kind adds encode and encode_after.
 
@@ -82,6 +76,7 @@ class Tokenizer:
     encode_after(text) -> list[int]    a text that continues another one: without a word-start of its own
     bos_id (or None), eos_id           eos_id is the one used in training
     adds_bos                           whether the family puts BOS before every sequence
+    special_tokens                     {"bos_token": text, "eos_token": text}, both among special_ids
     stop_ids                           set of the ids at which sampling stops; eos_id is one
     special_ids                        {name: id} of the tokens that only our own code may insert
     vocab_size                         highest id + 1; a model may have more rows (Pythia: 50,304 for 50,277)
@@ -92,6 +87,7 @@ class Tokenizer:
     """
     errors = "replace"    # how bytes that are not UTF-8 are shown
     strips = 0            # spaces to take off the start of a text: sentencepiece's own word-start
+    later_starts = False  # whether text after a special id gets a word-start too
     unk_id = None
 
     def __init__(self, path, pieces, special_ids, bos_id, eos_id, adds_bos):
@@ -99,7 +95,8 @@ class Tokenizer:
 
         tokenizer_config.json, and then config.json, overrule that file.
         """
-        self.folder, self.pieces, self.special_ids = path.parent, pieces, special_ids
+        self.path, self.folder = path, path.parent
+        self.pieces, self.special_ids = pieces, special_ids
         config_path = self.folder / "tokenizer_config.json"
         config = read_json(config_path, absent={})
         with reading(config_path):
@@ -112,10 +109,15 @@ class Tokenizer:
         if self.eos_id is None:
             raise InputError(f"{path}: names no end-of-text token; name it as eos_token in {config_path}.")
         self.adds_bos = adds_bos if add_bos is None else bool(add_bos)
+        self.overruled = self.adds_bos != adds_bos
         self.stop_ids = {self.eos_id, *self.listed_ids("generation_config.json", "eos_token_id"),
                          *self.listed_ids("config.json", "eos_token_id")}
-        for id in {self.bos_id, self.eos_id} - {None}:
-            self.pieces[id] = b""
+        names = {id: text for text, id in self.special_ids.items()}
+        self.special_tokens = {}
+        for role, id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            if id is not None:
+                text = self.special_tokens[role] = names.get(id) or self.pieces[id].decode(errors="replace")
+                self.special_ids[text], self.pieces[id] = id, b""
         self.vocab_size = max(self.pieces) + 1
         self.files = sorted(file for name in FILES for file in self.folder.glob(name) if file.is_file())
         self.chat_template = read_template(self.folder)
@@ -186,10 +188,41 @@ class Tokenizer:
         """Whether both tokenizers give the same ids: they have the same pieces and special tokens."""
         return (self.pieces, self.special_ids) == (other.pieces, other.special_ids)
 
-    def save(self, folder):
-        """Copy the tokenizer's files into a saved model's folder."""
+    def save(self, folder, template=None, end=None):
+        """Write the tokenizer's files into a saved model's folder, as transformers is to load them.
+
+        template: a chat template that it gets in place of its own, whose answers end with the id `end`.
+        A link out of the folder is not followed: what it names may be no file of the model's.
+        """
+        folder, own = Path(folder), self.folder.resolve()
         for file in self.files:
-            shutil.copy(file, folder)
+            beside = file.resolve().parent in (own, own.parent.parent / "blobs")     # as in the hub's cache
+            if file != self.path and not beside:
+                note(f"{file} is a link out of the folder, and not saved with the model.")
+            elif template is None or not file.name.startswith("chat_template"):
+                shutil.copyfile(file, folder / file.name)              # it has the umask's mode, as all files
+        self.write_tokenizer_json(folder / "tokenizer.json")
+        path = folder / "tokenizer_config.json"
+        config = dict(self.special_tokens, model_input_names=["input_ids", "attention_mask"])
+        if not self.adds_bos:
+            config.pop("bos_token", None)
+        config |= {key: value for key, value in read_json(path, absent={}).items() if value is not None}
+        if (folder / "tokenizer.json").exists():
+            # By another class's name transformers 5 would make up its own rules: SmolLM2's without Digits.
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if template is not None:
+            config["chat_template"] = template
+        write_json(path, config)
+        if end is not None and end not in self.stop_ids:
+            path = folder / "generation_config.json"
+            write_json(path, read_json(path, absent={}) | {"eos_token_id": sorted({*self.stop_ids, end})})
+
+    def write_tokenizer_json(self, path):
+        """Nothing, where the folder had one: only a bare tokenizer.model needs one made for it."""
+
+    def bos_tokens(self):
+        """[(text, id)] of BOS where it is put before every sequence, else []."""
+        return [(self.special_tokens["bos_token"], self.bos_id)] * self.adds_bos
 
 
 class Stream:
@@ -238,10 +271,12 @@ class SentencePiece(Tokenizer):
             elif not model.is_unused(id):
                 pieces[id] = text.replace("▁", " ").encode()
         self.unk_id = model.unk_id()
-        if not model.encode(" "):               # stories260K keeps one space of many, and none at the ends
-            self.strips = math.inf
-        elif model.encode("a") != self.after.encode("a"):
-            self.strips = 1
+        self.starts = model.encode("a") != self.after.encode("a")
+        # stories260K keeps one space of many, and none at the ends
+        self.strips = int(self.starts) if model.encode(" ") else math.inf
+        self.later_starts = True
+        with contextlib.suppress(LookupError, TypeError, ValueError):       # a file beside it may know better
+            self.later_starts = WORD_STARTS[spaces(read_json(path.with_name("tokenizer.json")))[0]][1]
         bos_id, eos_id = (id if id >= 0 else None for id in (model.bos_id(), model.eos_id()))
         super().__init__(path, pieces, special_ids, bos_id, eos_id, adds_bos=bos_id is not None)
 
@@ -254,19 +289,15 @@ class SentencePiece(Tokenizer):
         drops_space = text and self.alone.encode(text[0] + "a") == self.alone.encode("a")
         return (self.alone if drops_space else self.after).encode(text)
 
-    def save(self, folder):
-        """The same; a bare tokenizer.model gets the config without which AutoTokenizer misreads it."""
-        super().save(folder)
-        if not any(file.name in ("tokenizer_config.json", "tokenizer.json") for file in self.files):
-            roles = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.unk_id}
-            tokens = {name: self.alone.id_to_piece(id) for name, id in roles.items() if id is not None}
-            config = {"tokenizer_class": "LlamaTokenizer", **tokens, "add_bos_token": self.adds_bos}
-            text = json.dumps(config | {"legacy": False}, indent=2) + "\n"
-            (Path(folder) / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    def write_tokenizer_json(self, path):
+        """With it transformers needs no protobuf, and makes the same ids."""
+        if not path.exists():
+            content = from_sentencepiece(self.alone, self.starts, self.strips == math.inf, self.bos_tokens())
+            if content:
+                write_json(path, content)
 
 
-# How a text is cut into words before any merging, as published with GPT-2 (and GPT-NeoX) and with Llama 3.
-GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# How a text is cut into words before any merging, as published with Llama 3.
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -304,6 +335,11 @@ class BytePair(Tokenizer):
         self.words = compiled(patterns[-1]) if self.missing else None
         pieces = pieces | {id: text.encode() for text, id in (self.raw | self.normalized).items()}
         super().__init__(path, pieces | dict.fromkeys(special_ids.values(), b""), special_ids, **ends)
+
+    def write_tokenizer_json(self, path):
+        """Where tokenizer_config.json overruled its BOS, it learns that: transformers 5 asks it alone."""
+        if self.overruled and path.exists():
+            write_json(path, read_json(path) | {"post_processor": putting_before(self.bos_tokens())})
 
     def encode(self, text):
         return self.encode_parts(self.split_raw(without_surrogates(text)))
@@ -424,186 +460,3 @@ def read_tiktoken(path, content):
     special_ids = {f"<|{name}|>": len(ranks) + n for n, name in enumerate(LLAMA3_SPECIAL)}
     return BytePair(path, [LLAMA3_WORDS], ranked, pieces, special_ids, adds_bos=True,
                     bos_id=special_ids["<|begin_of_text|>"], eos_id=special_ids["<|end_of_text|>"])
-
-
-# tokenizer.json writes each byte as one visible character: itself where Latin-1 has one, else from U+0100 on.
-VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-BYTE_OF = {chr(byte): byte for byte in VISIBLE}
-BYTE_OF |= {chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
-
-
-def read_tokenizer_json(path):
-    """BPE as the `tokenizers` library writes it; what the file asks for beyond that is refused."""
-    root = read_json(path)
-    model = root["model"]
-    asked = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
-    if asked:
-        raise ValueError(f"{asked[0]} is not supported")
-    if model.get("type", "BPE") != "BPE":
-        raise ValueError("it is no BPE; if the model has a tokenizer.model, add that file too")
-    special_ids, raw, normalized = added_tokens(root)
-    added = special_ids | raw | normalized
-    ids = model["vocab"] | added
-    if len(set(map(checked_id, ids.values()))) < len(ids) or ids != added | model["vocab"]:
-        raise ValueError("model.vocab and added_tokens give one id to two tokens, or two ids to one")
-    tokens = {token: id for token, id in ids.items() if token not in special_ids}
-    read = read_spaced if model.get("byte_fallback") else read_byte_level
-    kind, patterns, ranked, pieces, options = read(root, tokens, raw, normalized)
-    bos_id = template_bos(root.get("post_processor") or {}, special_ids)
-    eos_id = next((special_ids[name] for name in EOS_NAMES if name in special_ids), None)
-    return kind(path, patterns, ranked, pieces, special_ids, **options, bos_id=bos_id, eos_id=eos_id,
-                adds_bos=bos_id is not None)
-
-
-EOS_NAMES = "<|endoftext|>", "<|end_of_text|>", "</s>"
-
-
-def added_tokens(root):
-    """({text: id} of special tokens, of those in text before normalization, of those after it)."""
-    special_ids, raw, normalized = {}, {}, {}
-    for token in root.get("added_tokens") or []:
-        text, special = token["content"], token.get("special")
-        asked = [key for key in ("single_word", "lstrip", "rstrip") if token.get(key)]
-        if not special and (asked or not text):
-            raise ValueError(f"added token {text!r:.40}: {asked[0] if asked else 'no text'} is not supported")
-        (special_ids if special else normalized if token.get("normalized") else raw)[text] = token["id"]
-    return special_ids, raw, normalized
-
-
-def steps_of(part, inside):
-    """The steps of a normalizer or pre_tokenizer: none, one or a sequence."""
-    part = part or {}
-    return part[inside] if part.get("type") == "Sequence" else [part] if part else []
-
-
-def read_byte_level(root, tokens, raw, normalized):
-    """(BytePair, what it takes) of a file whose tokens are written in visible bytes."""
-    model, nfc = root["model"], root.get("normalizer") is not None
-    if nfc and root["normalizer"]["type"] != "NFC":
-        raise ValueError("a normalizer other than NFC is not supported")
-    patterns = word_patterns(steps_of(root.get("pre_tokenizer"), "pretokenizers"))
-    pieces = {id: bytes(BYTE_OF[char] for char in token) for token, id in tokens.items()
-              if token not in raw and token not in normalized}
-    ranked = {pieces[id]: (id,) for id in merge_order(model, pieces)}
-    if nfc:
-        normalized = {unicodedata.normalize("NFC", text): id for text, id in normalized.items()}
-    return BytePair, patterns, ranked, pieces, dict(
-        raw=raw, normalized=normalized, nfc=nfc,
-        drops_bytes=not (model.get("unk_token") or model.get("ignore_merges")))
-
-
-def word_patterns(steps):
-    """The regexes that cut out words, one after the other; GPT-2's is the one inside ByteLevel."""
-    *steps, last = steps or [{}]
-    if last.get("type") != "ByteLevel":
-        raise ValueError("it is no byte-level BPE; if the model has a tokenizer.model, add that file too")
-    patterns = []
-    for step in steps:
-        match step:
-            case {"type": "Digits"}:
-                patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
-            case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(pattern)}, **split} if (
-                    not split.get("invert")):
-                patterns.append(pattern)
-            case _:
-                raise ValueError(f"pre_tokenizer {json.dumps(step):.100} is not supported, only Digits and "
-                                 "isolated Splits by a regex before ByteLevel")
-    if last.get("use_regex", True):
-        patterns.append(GPT2_WORDS)
-    elif patterns:                              # tiktoken drops what a pattern leaves over
-        patterns[-1] = f"{patterns[-1]}|(?:(?!{patterns[-1]})(?s:.))+"
-    if last.get("add_prefix_space", True) or not patterns:
-        raise ValueError("ByteLevel with add_prefix_space, or without any regex, is not supported")
-    return patterns
-
-
-def read_spaced(root, tokens, raw, normalized):
-    """(SpacedBytePair, what it takes) of a file whose tokens are sentencepiece's.
-
-    Characters merge there, not bytes. To tiktoken the bytes of one character merge before all others; what
-    this leaves of a character without a token is spelled in bytes: <0xE2>.
-    """
-    model, starts, splits = root["model"], *spaces(root)
-    if model.get("ignore_merges"):
-        raise ValueError("ignore_merges together with byte_fallback is not supported")
-    byte_ids = [tokens[f"<0x{byte:02X}>"] for byte in range(256)]
-    ranked = {bytes([byte]): (id,) for byte, id in enumerate(byte_ids)}
-    # A token with a space of its own, not ▁, is never met in a text.
-    pieces = {id: token.replace("▁", " ").encode() for token, id in tokens.items()
-              if id not in byte_ids and " " not in token}
-    for id in merge_order(model, pieces):
-        piece = pieces[id]
-        if len(piece.decode()) == 1:
-            for end in range(2, len(piece)):
-                ranked[piece[:end]] = tuple(byte_ids[byte] for byte in piece[:end])
-        ranked[piece] = (id,)
-    # Where no token goes on after a space, no merge crosses from a word to the next.
-    crossing = any(re.search(rb"[^ ] ", piece) for piece in ranked)
-    words = " [^ ]*|[^ ]+" if splits else "(?s:.)+" if crossing else " +[^ ]*|[^ ]+"
-    pieces |= {id: bytes([byte]) for byte, id in enumerate(byte_ids)}
-    if starts == "prepend":                     # its word-start is put before such a token as well
-        normalized = {" " + text.replace("▁", " "): id for text, id in normalized.items()}
-    else:
-        raw, normalized = raw | normalized, {}
-    return SpacedBytePair, [words], ranked, pieces, dict(raw=raw, normalized=normalized, starts=starts)
-
-
-def spaces(root):
-    """(what gets a word-start, whether each ▁ begins a word) of a file of sentencepiece's kind."""
-    before = steps_of(root.get("normalizer"), "normalizers")
-    cutting = steps_of(root.get("pre_tokenizer"), "pretokenizers")
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    match before, cutting:
-        case [[], [{"type": "Metaspace", "replacement": "▁", **step}]]:
-            old = "always" if step.get("add_prefix_space", True) else "never"
-            starts, splits = step.get("prepend_scheme", old), step.get("split", True)
-            if starts in ("always", "first", "never"):
-                return starts, splits
-        case [[{"type": "Prepend", "prepend": "▁"}, last], []] if last == replace:
-            return "prepend", False
-        case [[last], []] if last == replace:
-            return "never", False
-    raise ValueError("its normalizer and pre_tokenizer are not supported, only Metaspace, or Prepend and "
-                     "Replace; if the model has a tokenizer.model, add that file too")
-
-
-def merge_order(model, pieces):
-    """The ids that text can become, single bytes first, then in the order of their merges: tiktoken's ranks.
-
-    The file says which *pair* may merge when; tiktoken merges any two neighbours that make up a token. On all
-    text both do the same if a token's own bytes merge into it, and its rank is that of the last of these
-    merges, because the same bytes inside a text go the same way. What its own bytes do not lead to is never
-    made; with ignore_merges (Llama 3) a word that is such a token is taken as it stands, as tiktoken does.
-    """
-    vocab, priority = model["vocab"], {}
-    for n, pair in enumerate(model["merges"]):
-        left, right = pair.split(" ") if isinstance(pair, str) else pair
-        if not {left, right, left + right} <= vocab.keys():
-            raise ValueError(f"model.merges[{n}] {pair!r:.60} is not two tokens that make up a third")
-        priority[left, right] = n
-
-    made, whole = {}, []            # {id: priority of its last merge}, ids that only a whole word can be
-    for token, id in vocab.items():
-        parts, last = list(token), -1
-        while len(parts) > 1:
-            pairs = itertools.pairwise(parts)
-            last, at = min((priority.get(pair, math.inf), i) for i, pair in enumerate(pairs))
-            if last == math.inf:
-                break
-            parts[at:at + 2] = [parts[at] + parts[at + 1]]
-        if id in pieces and len(parts) == 1:
-            made[id] = last
-        elif id in pieces and model.get("ignore_merges"):
-            whole.append(id)
-            if len(parts) == 2:     # tiktoken would make it inside longer words too
-                raise ValueError(f"model.merges lacks {parts}, the pair of the token {token!r:.60}")
-    return sorted(made, key=made.get) + whole
-
-
-def template_bos(processor, special_ids):
-    """The id that `post_processor` puts before every text (Llama 3), or None."""
-    for step in processor["processors"] if processor.get("type") == "Sequence" else [processor]:
-        match step:
-            case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name}}, *_]}:
-                return special_ids[name]
-    return None
