@@ -3,13 +3,14 @@ import gzip
 import json
 import os
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from support.cli import InputError
-from support.rows import ASSISTANT, hh_prompt, hh_text, json_records, read_data, read_prompt, read_rows
+from support.rows import ASSISTANT, hh_prompt, hh_text, json_records, read_data, read_rows, recognise
 
 DATA = Path(os.environ.get("OSPREY_DATA") or Path(__file__).parents[3] / "shared/data")
 
@@ -43,80 +44,10 @@ def counts(report):
     return {reason: len(where) for reason, where in report.skipped.items()}
 
 
-# --- forms --------------------------------------------------------------------------------------------------
+# --- rows ---------------------------------------------------------------------------------------------------
 
 HH = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Bye\n\nAssistant:"
 TALK = [user("Hi"), assistant("Yes?"), user("Bye")]
-PAIRS = {
-    "hh": ({"chosen": HH + " Good", "rejected": HH + " Bad"},
-           [user(" Hi"), assistant(" Yes?"), user(" Bye")], " Good", " Bad"),
-    "text": ({"prompt": "Q: ", "chosen": "a", "rejected": "b"}, "Q: ", "a", "b"),
-    "empty prompt": ({"prompt": "", "chosen": "a", "rejected": "b"}, "", "a", "b"),
-    "messages": ({"prompt": TALK, "chosen": "a", "rejected": "b"}, TALK, "a", "b"),
-    "trl explicit": ({"prompt": TALK, "chosen": [assistant("a")], "rejected": [assistant("b")]},
-                     TALK, "a", "b"),
-    "trl explicit, chosen in full": ({"prompt": TALK, "chosen": TALK + [assistant("a")],
-                                      "rejected": [assistant("b")]}, TALK, "a", "b"),
-    "trl implicit": ({"chosen": TALK + [assistant("a")], "rejected": TALK + [assistant("b")]},
-                     TALK, "a", "b"),
-    "ultrafeedback": ({"prompt": "Hi", "prompt_id": "7", "score_chosen": 8.0,
-                       "chosen": [user("Hi"), assistant("a")], "rejected": [user("Hi"), assistant("b")],
-                       "messages": [user("Hi"), assistant("a")]}, [user("Hi")], "a", "b"),
-    "text prompt, one turn": ({"prompt": "Hi", "chosen": [assistant("a")], "rejected": [assistant("b")]},
-                              [user("Hi")], "a", "b"),
-    "sharegpt": ({"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Hi"}],
-                  "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
-                 [system("S"), user("Hi")], "a", "b"),
-    "alpaca": ({"instruction": "Add", "input": "1 2", "output": "o", "chosen": "a", "rejected": "b"},
-               [user("Add\n\n1 2")], "a", "b"),
-    "alpaca without input": ({"instruction": "Add", "input": "", "chosen": "a", "rejected": "b"},
-                             [user("Add")], "a", "b"),
-}
-RESPONSES = {
-    "prompt, response": ({"prompt": "Q", "response": "a"}, "Q", "a"),
-    "prompt, completion": ({"prompt": "Q", "completion": "a"}, "Q", "a"),
-    "conversational completion": ({"prompt": TALK, "completion": [assistant("a")]}, TALK, "a"),
-    "messages": ({"messages": TALK + [assistant("a")]}, TALK, "a"),
-    "ultrachat": ({"prompt": "Hi", "messages": TALK + [assistant("a")]}, TALK, "a"),
-    "sharegpt": ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "a"}]},
-                 [user("Hi")], "a"),
-    "alpaca": ({"instruction": "Add", "output": "a"}, [user("Add")], "a"),
-    "text": ({"text": "Once upon"}, "", "Once upon"),
-    "null rejected": ({"prompt": "Q", "chosen": "a", "rejected": None}, "Q", "a"),
-    "same answers": ({"prompt": "Q", "chosen": "a", "rejected": "a"}, "Q", "a"),
-}
-PROMPTS = {
-    "prompt": ({"prompt": "Q"}, "Q"),
-    "prompt messages": ({"prompt": TALK}, TALK),
-    "messages": ({"messages": TALK}, TALK),
-    "answered messages": ({"messages": TALK + [assistant("a")]}, TALK),
-    "sharegpt": ({"conversations": [{"from": "human", "value": "Hi"}]}, [user("Hi")]),
-    "alpaca": ({"instruction": "Add", "input": "1"}, [user("Add\n\n1")]),
-    "mt-bench": ({"question_id": 1, "turns": ["First", "Second"], "reference": ["r", "s"]}, [user("First")]),
-    "a pair": (PAIRS["hh"][0], PAIRS["hh"][1]),
-}
-
-
-@pytest.mark.parametrize("form", PAIRS)
-def test_pair_forms(form, tmp_path):
-    record, *expected = PAIRS[form]
-    (row,), report = read_rows(write(tmp_path / "a.jsonl", record), "pairs")
-    assert [row.prompt, row.chosen, row.rejected, row.p] == [*expected, None]
-    assert row.where == f"{tmp_path}/a.jsonl:1" and str(report) == "a.jsonl: 1 rows used"
-
-
-@pytest.mark.parametrize("form", RESPONSES)
-def test_response_forms(form, tmp_path):
-    record, *expected = RESPONSES[form]
-    (row,), _ = read_rows(write(tmp_path / "a.jsonl", record), "responses")
-    assert [row.prompt, row.chosen, row.rejected] == [*expected, None]
-
-
-@pytest.mark.parametrize("form", PROMPTS)
-def test_prompt_forms(form, tmp_path):
-    record, expected = PROMPTS[form]
-    (row,), _ = read_rows(write(tmp_path / "a.jsonl", record), "prompts")
-    assert [row.prompt, row.chosen, row.rejected] == [expected, None, None]
 
 
 def test_a_replayed_rollout_keeps_its_strength(tmp_path):
@@ -157,10 +88,6 @@ def test_unusable_rows_are_counted_by_reason_and_named(tmp_path):
         b'{"prompt": "Q\xff", "chosen": "a", "rejected": "b"}': "broken UTF-8",
         b"[1, 2]": "not a JSON object",
         b'"text"': "not a JSON object",
-        b"{}": "no prompt",
-        b'{"chosen": "a", "rejected": "b"}': "no prompt",
-        b'{"prompt": "Q"}': "no chosen response",
-        b'{"prompt": "Q", "rejected": "b"}': "no chosen response",
         b'{"prompt": "Q", "chosen": "a"}': "no rejected response",
         b'{"prompt": "Q", "chosen": "a", "rejected": " "}': "empty response",
         b'{"prompt": "Q", "chosen": "", "rejected": "b"}': "empty response",
@@ -171,11 +98,15 @@ def test_unusable_rows_are_counted_by_reason_and_named(tmp_path):
         b'{"prompt": ["Q"], "chosen": "a", "rejected": "b"}': "neither text nor a list of messages",
         b'{"prompt": [], "chosen": "a", "rejected": "b"}': "empty prompt",
         b'{"instruction": " ", "chosen": "a", "rejected": "b"}': "empty prompt",
-        b'{"instruction": 1, "chosen": "a", "rejected": "b"}': "a field is missing or has the wrong type",
-        b'{"prompt": [{"role": "tool", "content": ""}], "chosen": "a"}': "a turn has an unknown role",
+        b'{"instruction": 1, "chosen": "a", "rejected": "b"}': "neither text nor a list of messages",
+        b'{"prompt": "Q", "system": 1, "chosen": "a", "rejected": "b"}':
+            "a field is missing or has the wrong type",
+        b'{"prompt": "Q", "chosen": "a", "rejected": "b", "x": %s}' % (b"[" * 900 + b"]" * 900):
+            "nested too deeply",
+        b'{"prompt": [{"role": "narrator", "content": ""}], "chosen": "a"}': "a turn has an unknown role",
         b'{"prompt": [{"role": [1], "content": ""}], "chosen": "a"}': "a turn has an unknown role",
         b'{"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}': "a turn's content is not text",
-        b'{"turns": [7], "chosen": "a", "rejected": "b"}': "a turn's content is not text",
+        b'{"turns": [7], "chosen": "a", "rejected": "b"}': "neither text nor a list of messages",
         b'{"prompt": "Q", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"}':
             "a response does not end with an assistant turn",
         **{b'{"prompt": "Q", "chosen": "a", "rejected": "b", "p": %s}' % p: "p is not a number from 0 to 1"
@@ -191,8 +122,8 @@ def test_unusable_rows_are_counted_by_reason_and_named(tmp_path):
     for line, reason in enumerate(bad.values(), 2):
         expected.setdefault(reason, []).append(f"{path}:{line}")
     assert report.skipped == expected
-    assert f"1 rows used, {len(bad)} skipped (3 broken JSON at 2, 3, 36; 1 broken UTF-8 at 4; " in str(report)
-    assert "8 p is not a number from 0 to 1 at 27, 28, 29, …" in str(report)
+    assert f"1 rows used, {len(bad)} skipped (3 broken JSON at 2, 3, 34; 1 broken UTF-8 at 4; " in str(report)
+    assert "8 p is not a number from 0 to 1 at 25, 26, 27, …" in str(report)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.JSONL"])
@@ -226,7 +157,8 @@ def error(path, need="pairs"):
     return str(caught.value)
 
 
-def test_files_that_cannot_be_used(tmp_path):
+def test_files_that_cannot_be_used(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)                    # as if it were not installed
     assert "No such file" in error(tmp_path / "none.jsonl")
     (tmp_path / "dir.jsonl").mkdir()
     assert "directory" in error(tmp_path / "dir.jsonl")
@@ -256,7 +188,7 @@ def test_records_and_prompts_by_themselves(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "Q", "messages": TALK, "responses": []}, b"", b"{")
     (first, record), (third, broken) = json_records(path)
     assert (first, third, str(broken)) == (1, 3, "broken JSON")
-    assert read_prompt(record, answered=True) == "Q" and read_prompt(record, answered=False) == TALK
+    assert [recognise(record, answered)["prompt"] for answered in (True, False)] == ["Q", TALK]
 
 
 def test_weights(tmp_path):
@@ -317,7 +249,7 @@ def test_hh_counts_and_verbatim_round_trip():
 def test_hh_as_responses_and_prompts():
     used = {need: sum(read_rows(shared("hh-rlhf/" + name), need)[1].used for name in HH_FILES)
             for need in ("responses", "prompts")}
-    assert used == {"responses": 6414 - 12 - 4, "prompts": 6414 - 12}    # 4 chosen responses are empty
+    assert used == {"responses": 6414 - 4, "prompts": 6414}              # 4 chosen responses are empty
 
 
 def test_hh_texts_that_are_no_dialogue():
