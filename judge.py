@@ -21,8 +21,9 @@ from sample import load_model
 from support import cli
 from support.chats import CHATS
 from support.cli import InputError, setting
+from support.formats import as_asked, read_responses
 from support.ranks import pick_device
-from support.verdicts import read_responses, report, win_rate
+from support.verdicts import report, win_rate
 
 # ------------------------------------------------------------------------------------------------------------
 # The instruction
@@ -75,7 +76,7 @@ class JudgePrompt:
         text = self.template.format(context=context, a=slot(a), b=slot(b))
         if self.chat:
             question, _, word = text.rpartition(" ")              # … better? | RESPONSE
-            turn = [{"role": "user", "content": question}]
+            turn = self.chat.with_system([{"role": "user", "content": question}])
             before = self.chat.ids(turn)
             before = data.prefix_ids(self.tokenizer, turn, self.chat, before) + before
             word = self.chat.between + word
@@ -127,6 +128,7 @@ class Verdicts:
     first_at_b: torch.Tensor       # (N,) P(A) where it stands at B
     cut: int                       # pairs that had to be shortened
     not_a_or_b: int = 0            # questions, two per pair, on which P(A) + P(B) is below half
+    a_or_b: float = 0.0            # the sum of P(A) + P(B) over the questions
 
     @classmethod
     def join(cls, parts):
@@ -134,7 +136,8 @@ class Verdicts:
         none = torch.zeros(0, dtype=torch.float64)
         tensors = [torch.cat([none, *(getattr(part, name) for part in parts)])
                    for name in ("p", "first_at_a", "first_at_b")]
-        return cls(*tensors, sum(part.cut for part in parts), sum(part.not_a_or_b for part in parts))
+        return cls(*tensors, *(sum(getattr(part, name) for part in parts)
+                               for name in ("cut", "not_a_or_b", "a_or_b")))
 
 
 class JudgePass:
@@ -159,6 +162,8 @@ class JudgePass:
         head, double = self.net.head, hidden.cpu().double()
         a, b = ((double * head.weight[ids].cpu().double()).sum(-1) for ids in answers.unbind(1))
         whole = torch.cat([head(part).float().logsumexp(-1) for part in hidden.split(losses.HEAD_CHUNK)])
+        if not (whole.isfinite().all() and (a - b).isfinite().all()):
+            raise InputError("the judge's logits are not finite: its weights are damaged.")
         return (a - b).sigmoid(), (torch.stack((a, b)) - whole.cpu()).exp().sum(0)
 
     def compare(self, pairs):
@@ -168,7 +173,8 @@ class JudgePass:
         p_a, p_a_or_b = self.answer([question for pair in pairs for question in pair])
         at_a, at_b = p_a.view(-1, 2).unbind(1)
         cut = sum(question.cut for question, _ in pairs)
-        return Verdicts(0.5 + (at_a - at_b) / 2, at_a, at_b, cut, int((p_a_or_b < 0.5).sum()))
+        return Verdicts(0.5 + (at_a - at_b) / 2, at_a, at_b, cut, int((p_a_or_b < 0.5).sum()),
+                        float(p_a_or_b.sum()))
 
 
 FOREST_TOKENS = 16384              # tokens, before sharing, that the judge reads in one forward
@@ -279,20 +285,6 @@ def ranking_passes(net, judge_prompt, contexts, responses):
         yield RankingPass(net, judge_prompt, prompts, contexts, responses, alone)
 
 
-def label(net, judge_prompt, contexts, responses, pair=lambda strengths, prompt: ranked_pairs(strengths)):
-    """Algorithm 1 after sampling: (P lists of K strengths, P lists of (winner, loser, p), Verdicts of all).
-
-    pair: (strengths (K,), index of the prompt) -> [(winner, loser)].
-    """
-    strengths, pairs, verdicts = [], [], []
-    for judge_pass in ranking_passes(net, judge_prompt, contexts, responses):
-        ranked = judge_pass.rank()
-        pairs += judge_pass.ask(list(map(pair, ranked, judge_pass.prompts)))
-        strengths += ranked
-        verdicts += judge_pass.verdicts
-    return strengths, pairs, Verdicts.join(verdicts)
-
-
 def augmentation(judge_prompt, rows, seed):
     """Preference augmentation: judge instructions made from human pairs, the loss on the answer token alone.
 
@@ -301,7 +293,7 @@ def augmentation(judge_prompt, rows, seed):
     """
     half = np.random.default_rng([seed, 3]).permutation(len(rows)) < len(rows) / 2
     sequences, cut = [], 0
-    for row, better_at_a in zip(rows, half):
+    for row, better_at_a in zip(cli.progress(rows, "encoding"), half):
         order = 0 if better_at_a else 1
         context = data.context_text(row.prompt)
         question = judge_prompt.both_orders(context, row.chosen, row.rejected)[order]
@@ -317,13 +309,16 @@ def augmentation(judge_prompt, rows, seed):
 class Settings:
     """Judge a preference file (--data), or compare two response files (--a, --b) on the same prompts."""
     model: str = setting("", "folder of the judge", group="What to judge")
-    data: str | None = setting(None, "preference pairs: .jsonl, .jsonl.gz or .json")
-    a: str | None = setting(None, "responses of one system, as sample.py --out writes them")
-    b: str | None = setting(None, "responses of the other")
+    data: str | None = setting(None, "preference pairs: .jsonl, .jsonl.gz, .json or .parquet")
+    columns: list[str] | None = setting(None, "its keys of no form known: prompt:question,chosen:answer_a")
+    a: str | None = setting(None, "responses of one system: sample.py's, or rows {prompt, response}")
+    b: str | None = setting(None, "responses of the other, to the same prompts")
+    questions: str | None = setting(None, "MT-Bench's question.jsonl, where --a and --b are answers to it")
     limit: int | None = setting(None, "read only the first so many rows", least=1)
     judge_task: str = setting("helpful", "the instruction", choices=tuple(TEMPLATES), group="How to judge")
     max_length: int | None = setting(None, "tokens of an instruction; none: the model's context", least=1)
     chat: str | None = setting(None, f"dialogue format ({', '.join(CHATS)}); none: the folder's")
+    system: str | None = setting(None, "system message that a chat model is asked under; --system= for none")
     batch_size: int = setting(64, "pairs at a time", least=1)
     dtype: str = setting("float32", "type of the weights", choices=("float32", "bfloat16", "float64"))
     device: str = setting("auto", "auto, cpu, cuda, mps")
@@ -337,46 +332,44 @@ class Settings:
 
 
 def paired_responses(settings):
-    """(pairs, groups): every response of --a against the one at the same place in --b."""
-    ours, theirs = read_responses(settings.a), read_responses(settings.b)
+    """Pairs (context, response, response): every response of --a and the one at the same place in --b."""
+    ours, theirs = (read_responses(path, settings.questions) for path in (settings.a, settings.b))
     if len(ours) != len(theirs):
         raise InputError(f"{settings.a} has {len(ours)} rows and {settings.b} has {len(theirs)}; they must "
                          f"answer the same prompts.")
-    pairs, groups = [], []
-    for group, ((prompt, a, where), (other, b, there)) in enumerate(zip(ours[:settings.limit], theirs)):
-        if prompt != other:
+    pairs = []
+    for (prompt, a, where), (other, b, there) in zip(ours[:settings.limit], theirs):
+        if as_asked(prompt) != as_asked(other):
             raise InputError(f"{where} and {there} answer different prompts.")
         if len(a) != len(b):
             raise InputError(f"{where} has {len(a)} responses and {there} has {len(b)}.")
         pairs += [(data.context_text(prompt), x, y) for x, y in zip(a, b)]
-        groups += [group] * len(a)
-    return pairs, groups
+    return pairs
 
 
 def main(settings):
     """Ask the judge about every pair of --data, or of --a and --b; the last line is the report."""
     net, tokenizer = load_model(settings.model, settings.dtype, pick_device(settings.device))
     room = min(settings.max_length or net.config.context, net.config.context)
-    chat = data.chat_of(tokenizer, settings.chat)
+    chat = data.chat_of(tokenizer, settings.chat, settings.system)
     judge_prompt = JudgePrompt(tokenizer, settings.judge_task, room, chat)
     if settings.data is not None:
-        rows, read = data.read_rows(settings.data, "ordered pairs")
+        rows, read = data.read_rows(settings.data, "ordered pairs", settings.columns)
         print(read)
         pairs = [(data.context_text(row.prompt), row.chosen, row.rejected) for row in rows[:settings.limit]]
     else:
-        pairs, groups = paired_responses(settings)
-    line, parts = cli.StepLine(len(pairs), "judging"), []
-    for start in range(0, len(pairs), settings.batch_size):
-        parts.append(compare(net, judge_prompt, pairs[start:start + settings.batch_size]))
-        line.update(min(start + settings.batch_size, len(pairs)))
-    verdicts = Verdicts.join(parts)
+        pairs = paired_responses(settings)
+    starts = cli.progress(range(0, len(pairs), settings.batch_size), "batches judged")
+    verdicts = Verdicts.join([compare(net, judge_prompt, pairs[start:start + settings.batch_size])
+                              for start in starts])
     if verdicts.not_a_or_b:
         print(f"{verdicts.not_a_or_b} of {2 * len(pairs)} answers: less than half of the judge's probability "
               f"is on A and B together")
     if settings.data is not None:
         result = report(verdicts, [(len(tokenizer.encode(a)), len(tokenizer.encode(b))) for _, a, b in pairs])
     else:
-        result = win_rate(verdicts, groups)
+        result = win_rate(verdicts, pairs)
+        print("win/tie/lose:", "/".join(f"{100 * result[key]:.1f}" for key in ("win", "tie", "lose")), "%")
         if verdicts.cut:
             print(f"{verdicts.cut} of {len(pairs)} comparisons were shortened to the judge's context")
     result = {key: round(value, 4) if isinstance(value, float) else value for key, value in result.items()}

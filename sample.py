@@ -2,6 +2,7 @@
 
     python sample.py --model=DIR --prompt="Once upon a time" --k=3
     python sample.py --model=DIR --prompts=prompts.jsonl --k=7 --out=samples.jsonl
+    python sample.py --model=DIR --prompts=question.jsonl --format=mt_bench --out=model_answer/ours.jsonl
 
 A sample is a pure function of (seed, step, prompt index, k): its randomness is a table of uniforms made
 beforehand, and each token is found by inverting the distribution function. So neither the number of
@@ -9,9 +10,9 @@ processes, nor the batches of prompts, nor rows that finish early can change it 
 
 Letters: P prompts, K samples per prompt, R rows (P·K at first), V vocabulary.
 """
-import codecs
-import json
+import functools
 import math
+import os
 import sys
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ import torch
 import data
 import forest
 import model
-from support import cli
+from support import cli, formats
 from support.cli import InputError, setting
 from support.ranks import pick_device
 
@@ -156,20 +157,27 @@ def response_text(tokenizer, sample):
 
 @dataclass
 class Settings:
-    """Generate responses: one line of JSON per prompt, {"prompt", "responses": [{"text", "ids", …}]}."""
+    """Generate responses: a row of JSON per prompt, {"prompt", "responses": [{"text", "ids", …}]}; or as a
+    benchmark has its answers."""
     model: str = setting("", "folder with config.json, safetensors and a tokenizer", group="What to read")
     prompt: str | None = setting(None, "one prompt; a user's turn where there is a format, else continued")
-    prompts: str | None = setting(None, "or a file of prompts: .jsonl, .jsonl.gz or .json; text as above")
+    prompts: str | None = setting(None, "or a file of prompts: .jsonl, .json, their .gz, .parquet; as above")
+    columns: list[str] | None = setting(None, "its keys of no form known: prompt:my_question")
+    format: str | None = setting(None, "--prompts and the rows are those of a benchmark: FastChat's question "
+                                 "and model_answer files, AlpacaEval's", choices=tuple(formats.QUESTIONS))
     chat: str | None = setting(None, f"dialogue format ({', '.join(data.CHATS)}); none: the folder's")
+    system: str | None = setting(None, "every dialogue's system message, whatever it has; --system= for none")
     k: int = setting(1, "responses per prompt", least=1, group="How to sample")
-    temperature: float = setting(0.7, "0 is greedy", least=0)
+    temperature: float | None = setting(None, "0 is greedy; none: 0.7, in mt_bench as its categories have it",
+                                        least=0)
     top_p: float = setting(0.9, "sample from the fewest tokens that hold this mass", above=0, most=1)
     max_tokens: int = setting(256, "tokens of a response at most", least=1)
     seed: int = setting(0, "same seed, same samples", least=0)
     batch_size: int = setting(8, "prompts at a time", least=1, group="Where to run and write")
     dtype: str = setting("float32", "type of the weights", choices=("float32", "bfloat16", "float64"))
     device: str = setting("auto", "auto, cpu, cuda, mps")
-    out: str | None = setting(None, "write the rows here instead of printing them")
+    out: str | None = setting(None, "write the rows here instead of printing them; .json: as one list")
+    name: str | None = setting(None, "the model's name in a benchmark's rows; none: its folder")
 
     def __post_init__(self):
         cli.check(self)
@@ -177,6 +185,10 @@ class Settings:
             raise InputError("--model: name a model folder.")
         if (self.prompt is None) == (self.prompts is None):
             raise InputError("give either --prompt=TEXT or --prompts=FILE.")
+        if self.format and self.prompts is None:
+            raise InputError(f"--format={self.format}: name the benchmark's file with --prompts.")
+        if self.prompts and self.out and os.path.realpath(self.prompts) == os.path.realpath(self.out):
+            raise InputError(f"--out={self.out}: that is the file of --prompts.")
 
 
 def matching_tokenizer(folder, config):
@@ -194,67 +206,86 @@ def load_model(folder, dtype, device):
     return net, matching_tokenizer(folder, net.config)
 
 
-def read_prompts(settings, tokenizer, chat, context, max_tokens):
-    """(prompts as given, their ids). A file's long prompts lose their front, so that an answer has room."""
-    if settings.prompt is not None:
-        rows = [data.Row(data.in_turns(settings.prompt, chat), None, None, None, "--prompt")]
-    else:
-        rows, report = data.read_rows(settings.prompts, "prompts")
-        print(report, file=sys.stderr)
-    encoded, long = [], 0
-    for row in rows:
+def encode_prompts(tokenizer, chat, context, max_tokens, prompts, all_of_them):
+    """Ids of [(prompt, where)]; a file's long prompts lose their front, so that an answer has room. None for
+    what a chat template refuses; InputError if all_of_them are asked for, or there is no other."""
+    encoded, skipped, long = [], {}, 0
+    for prompt, where in prompts:
+        row, pair = data.Row(prompt, None, None, None, where), None
         try:
             pair = data.encode_pair(tokenizer, row, chat, context, 1)
+            if pair.cut and where == "--prompt":
+                raise InputError(f"--prompt leaves no room for an answer in a context of {context} tokens.")
             if pair.cut:
                 room = min(max_tokens, context // 2)
                 pair, long = data.encode_pair(tokenizer, row, chat, context, 1, max_tokens=room), long + 1
         except data.Unusable as reason:
-            raise InputError(f"{row.where}: {reason}.") from None
-        encoded.append(pair.x)
-    if long and settings.prompt is not None:
-        raise InputError(f"--prompt leaves no room for an answer in the model's context of {context} tokens.")
+            skipped.setdefault(str(reason), []).append(where)
+        encoded.append(pair and pair.x)
+    if skipped and (all_of_them or not any(encoded)):
+        why, places = next(iter(skipped.items()))
+        raise InputError(f"{places[0]}: {why}.")
+    if skipped:
+        print(data.Report("encoded", sum(map(bool, encoded)), skipped), file=sys.stderr)
     if long:
-        print(f"{long} of {len(rows)} prompts do not fit the context of {context} and lost their front",
+        print(f"{long} of {len(prompts)} prompts do not fit the context of {context} and lost their front",
               file=sys.stderr)
-    return [row.prompt for row in rows], encoded
+    return encoded
+
+
+def read_prompts(settings, chat, encode):
+    """(Questions, ids up to their first answers) of --prompt or --prompts."""
+    if settings.prompt is None:
+        questions = formats.read_questions(settings.prompts, settings.format, settings.columns)
+    else:
+        questions = [formats.Question(data.in_turns(settings.prompt, chat), "--prompt")]
+    ids = encode([(one.prompt, one.where) for one in questions], settings.format is not None)
+    return zip(*((question, one) for question, one in zip(questions, ids) if one))
 
 
 def main(settings):
     """Write K responses per prompt as rows of JSON; a terminal is shown a single one as it comes."""
     s = settings
     net, tokenizer = load_model(s.model, s.dtype, pick_device(s.device))
-    chat, context = data.chat_of(tokenizer, s.chat), net.config.context
+    chat, context = data.chat_of(tokenizer, s.chat, s.system), net.config.context
     max_tokens = min(s.max_tokens, context)            # a larger table and cache would never be filled
-    given, prompts = read_prompts(s, tokenizer, chat, context, max_tokens)
+    encode = functools.partial(encode_prompts, tokenizer, chat, context, max_tokens)
+    questions, first = read_prompts(s, chat, encode)
     stop_ids, allowed = stopping(tokenizer, chat, net.config)
     streaming = s.prompt is not None and s.k == 1 and s.out is None and sys.stdout.isatty()
-    stream = tokenizer.stream(continues=True)
+    stream, line = tokenizer.stream(continues=True), cli.StepLine(len(questions), "prompts", bool(s.out))
+    cut = 0
 
     def show(row, token):
         if token not in stop_ids:
             print(stream.push(token), end="", flush=True)
 
-    try:
-        out = open(s.out, "w", encoding="utf-8") if s.out else sys.stdout
-    except OSError as error:
-        raise InputError(f"--out={s.out}: cannot be written ({error.strerror}).") from None
-    escape = codecs.lookup(getattr(out, "encoding", None) or "utf-8").name != "utf-8"      # rows stay whole
-    line = cli.StepLine(len(prompts), "prompts", enabled=bool(s.out))
-    rooms = [context - len(ids) for ids in prompts]
-    samples = sample_prompts(net, prompts, s.k, max_tokens, s.seed, 0, stop_ids, allowed, s.temperature,
-                             s.top_p, rooms, None, s.batch_size, show if streaming else None)
-    for done, (prompt, group) in enumerate(zip(given, samples), 1):
-        if streaming:
-            print(stream.flush())
-            return
-        responses = [{"text": response_text(tokenizer, one), "ids": one.ids,
-                      "logprob": round(one.logprob, 4), "finished": one.finished} for one in group]
-        row = {"prompt": prompt, "responses": responses}
-        print(json.dumps(row, ensure_ascii=escape), file=out, flush=True)
-        line.update(done)
+    def ask(talks, k, turn, places):
+        ids = [first[place] for place in places] if turn == 0 else encode(
+            [(question.after(said), question.where) for question, said in talks], True)
+        temperature = talks[0][0].temperature if s.temperature is None else s.temperature
+        groups = list(sample_prompts(net, ids, k, max_tokens, s.seed, turn, stop_ids, allowed, temperature,
+                                     s.top_p, [context - len(one) for one in ids], places, len(ids),
+                                     show if streaming else None))
+        for one in (one for group in groups for one in group):
+            one.text = response_text(tokenizer, one)
+        return groups
+
+    with formats.row_writer(s.out) as write:
+        for places in formats.batches(questions, s.batch_size):
+            batch = [questions[place] for place in places]
+            talks = formats.take_turns(batch, places, s.k, ask)
+            if streaming:
+                print(stream.flush())
+                return
+            for question, group in zip(batch, talks):
+                for row in formats.answer_rows(s.format, question, group, s.name or s.model):
+                    write(row)
+            cut += sum(not one.finished for group in talks for talk in group for one in talk)
+            line.update(places[-1] + 1)
     if s.out:
-        out.close()
-        print(f"{len(prompts)} prompts × {s.k} responses written to {s.out}")
+        ended = f"; {cut} did not end within {max_tokens} tokens" if cut else ""
+        print(f"{len(questions)} prompts × {s.k} responses written to {s.out}{ended}")
 
 
 if __name__ == "__main__":

@@ -1,31 +1,8 @@
-"""Around the judge: response files, and what its verdicts (judge.Verdicts) say of it or of two systems."""
-import contextlib
+"""What a judge's verdicts (judge.Verdicts) say of it, or of two systems."""
 import math
 
 import numpy as np
 import torch
-
-from support.cli import InputError
-from support.rows import Unusable, json_records, read_prompt
-
-
-def read_responses(path):
-    """[(prompt, [texts], "file, line")] of sample.py's rows, or of rows {"prompt", "response"}."""
-    found = []
-    for line, record in json_records(path):
-        where, prompt, texts = f"{path}, line {line}", None, []
-        if isinstance(record, dict):
-            several = record.get("responses", [record.get("response")])
-            if isinstance(several, list):
-                texts = [one.get("text") if isinstance(one, dict) else one for one in several]
-            with contextlib.suppress(Unusable):
-                prompt = read_prompt(record, answered=True)
-        if prompt is None or not texts or not all(isinstance(text, str) for text in texts):
-            raise InputError(f'{where}: not a row {{"prompt", "responses": [{{"text"}}]}}.')
-        found.append((prompt, texts, where))
-    if not found:
-        raise InputError(f"{path} holds no responses.")
-    return found
 
 
 def report(verdicts, lengths):
@@ -64,15 +41,37 @@ def wilson(mean, n):
     return float((centre - width) / (1 + z * z / n)), float((centre + width) / (1 + z * z / n))
 
 
-def win_rate(verdicts, groups):
-    """Win, tie and lose shares of the first of each pair; a tie: the orders disagree, or p = ½.
+def length_controlled(score, gap):
+    """The win rate that is left where both responses are as long; AlpacaEval 2 (arXiv 2404.04475), section 3.
 
-    win_rate counts ties half, with Wilson's 95 % interval over the number of `groups`: pairs of one prompt
-    are not independent.
+    P(win) = σ(θ + φ tanh(Δ / s)), with Δ by how many characters the first is longer, s the standard deviation
+    of Δ. θ and φ have the least Σ -[w log P + (1 - w) log(1 - P)] + φ² / 200, w the score. Returned is σ(θ).
+    AlpacaEval's third term, how hard an instruction is, needs many systems, and its penalty is chosen by
+    cross-validation; ours only keeps φ finite where length alone tells who wins.
+
+    score: (N,) 1 for a win, ½ for a tie, 0 for a loss; gap: (N,) Δ.
+    """
+    if np.ptp(gap) == 0 or score.mean() in (0, 1):        # all gaps or all scores are alike
+        return float(score.mean())
+    x = np.stack((np.ones_like(gap), np.tanh(gap / gap.std(ddof=1))), axis=1)                    # (N, 2)
+    weights, penalty = np.zeros(2), np.diag((0, 0.01))
+    for _ in range(50):                                                                # Newton's method
+        p = 1 / (1 + np.exp(-x @ weights))
+        curvature = (x.T * (p * (1 - p))) @ x + penalty
+        weights += np.linalg.solve(curvature, x.T @ (score - p) - penalty @ weights)
+    return float(1 / (1 + np.exp(-weights[0])))
+
+
+def win_rate(verdicts, pairs):
+    """Win, tie and lose shares of the first of N pairs (context, response, response).
+
+    A tie: the orders disagree, or p = ½. win_rate counts ties half, with Wilson's 95 % interval over the
+    number of contexts: pairs of one prompt are not independent. lc_win_rate: see length_controlled.
     """
     p, tie = verdicts.p.numpy(), flips(verdicts) | (verdicts.p.numpy() == 0.5)
     score = np.where(tie, 0.5, p > 0.5)
-    mean = score.mean()
-    low, high = wilson(mean, len(set(groups)))
+    gap, mean = np.array([float(len(a.strip()) - len(b.strip())) for _, a, b in pairs]), score.mean()
+    low, high = wilson(mean, len({context for context, *_ in pairs}))
     return {"n": len(p), "win": float((score == 1).mean()), "tie": float(tie.mean()),
-            "lose": float((score == 0).mean()), "win_rate": float(mean), "ci_low": low, "ci_high": high}
+            "lose": float((score == 0).mean()), "win_rate": float(mean), "ci_low": low, "ci_high": high,
+            "lc_win_rate": length_controlled(score, gap)}

@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import data
 import judge
 import sample
 import tiny
+from experiments.bench import label
+from support.verdicts import length_controlled
 
 DATA = Path(os.environ.get("OSPREY_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ROOM = 10 ** 6           # a context in which nothing is cut
@@ -248,7 +251,7 @@ def test_strengths_are_a_softmax_over_two_logits(name, tokenizers, judges, monke
     """Each question alone, through the whole head: P(A), the mean over both orders, and how often A and B
     have less than half the probability. One question in a forward, a few, or all in one give the same."""
     net, tokenizer = judges[name], tokenizers[name]
-    expected, beside = torch.zeros(3, len(TEXTS), dtype=torch.float64), 0
+    expected, beside, mass = torch.zeros(3, len(TEXTS), dtype=torch.float64), 0, 0.0
     for i, (context, first, second) in enumerate(TEXTS):
         for order, (a, b) in enumerate(((first, second), (second, first)), 1):
             text = judge.TEMPLATES["helpful"].format(context=context, a=judge.slot(a), b=judge.slot(b))
@@ -257,12 +260,14 @@ def test_strengths_are_a_softmax_over_two_logits(name, tokenizers, judges, monke
             logits, answers = net.head(net(torch.tensor(says[:1])))[0, -2], [ids[-1] for ids in says]
             expected[order, i] = logits[answers].softmax(-1)[0]
             beside += bool(logits.softmax(-1)[answers].sum() < 0.5)
+            mass += float(logits.softmax(-1)[answers].sum())
     expected[0] = (expected[1] + 1 - expected[2]) / 2
     assert (expected[1] - expected[2]).abs().max() > 1e-4         # a mix-up of orders or rows would show
     for tokens in (judge.FOREST_TOKENS, 300, 1):
         monkeypatch.setattr(judge, "FOREST_TOKENS", tokens)
         found = judge.compare(net, prompt_of(tokenizer, max_length=512), TEXTS)
         assert found.p.dtype == torch.float64 and (found.cut, found.not_a_or_b) == (0, beside)
+        assert found.a_or_b == pytest.approx(mass, rel=1e-5)
         said = torch.stack((found.p, found.first_at_a, found.first_at_b))
         assert torch.allclose(said, expected, atol=1e-10)
     assert len(judge.compare(net, prompt_of(tokenizer), []).p) == 0
@@ -315,7 +320,7 @@ def test_what_was_read_for_the_ranking_is_not_read_again(family, tokens, tokeniz
     read, plain = [], net.hidden
     monkeypatch.setattr(net, "hidden", lambda forest, cache=None: (
         read.append(len(forest.tokens)) or plain(forest, cache)))
-    strengths, pairs, _ = judge.label(net, judge_prompt, contexts, responses)
+    strengths, pairs, _ = label(net, judge_prompt, contexts, responses)
     once = sum(read)
     for context, texts, chosen, values in zip(contexts, responses, pairs, strengths):
         alone = judge.compare(net, judge_prompt, [(context, text, "") for text in texts]).p
@@ -351,7 +356,7 @@ def test_labels_of_a_rigged_judge(tokenizers, monkeypatch):
     tokenizer = tokenizers["neox-420"]
     rigged, contexts = Rigged(tokenizer, monkeypatch), ["Human: one", "Human: two"]
     responses = [["word" + " more" * (n - 1) for n in (3, 7, 1, 5, 2, 6, 4)], ["a", "a b", "a b c"]]
-    strengths, pairs, verdicts = judge.label(NOBODY, prompt_of(tokenizer), contexts, responses)
+    strengths, pairs, verdicts = label(NOBODY, prompt_of(tokenizer), contexts, responses)
     assert [[(i, j) for i, j, _ in group] for group in pairs] == [[(1, 2), (5, 4), (3, 0)], [(2, 0)]]
     assert sorted(range(7), key=lambda i: -strengths[0][i]) == [1, 5, 3, 6, 0, 4, 2]
     assert len(strengths[1]) == 3
@@ -368,8 +373,7 @@ def test_labels_of_a_rigged_judge(tokenizers, monkeypatch):
 def test_a_pair_whose_direct_judgement_is_below_half_is_kept(tokenizers, monkeypatch):
     """A judge who likes long responses but, of two, the short one: ranks stay, and p says what it thinks."""
     Rigged(tokenizers["neox-420"], monkeypatch, score=lambda text: -len(text) if text else -100)
-    _, pairs, _ = judge.label(NOBODY, prompt_of(tokenizers["neox-420"]), ["Human: one"], [["a b c d", "a"]],
-                              lambda strengths, prompt: [(prompt, 1)])
+    _, pairs, _ = label(NOBODY, prompt_of(tokenizers["neox-420"]), ["Human: one"], [["a b c d", "a"]])
     (i, j, p), = pairs[0]
     assert (i, j) == (0, 1) and p < 0.01
 
@@ -379,7 +383,7 @@ def test_labels_count_what_was_cut(tokenizers, monkeypatch):
     tokenizer, x = tokenizers["neox-420"], "x" * 20
     Rigged(tokenizer, monkeypatch)
     judge_prompt = prompt_of(tokenizer, max_length=whole_length(tokenizer, "Human: one", x, ""))
-    _, _, verdicts = judge.label(NOBODY, judge_prompt, ["Human: one"], [[x, "y", "z"]])
+    _, _, verdicts = label(NOBODY, judge_prompt, ["Human: one"], [[x, "y", "z"]])
     assert (len(verdicts.p), verdicts.cut) == (4, 1)
 
 
@@ -478,35 +482,76 @@ def test_report_at_its_ends():
 WIN, LOSE, FLIP, HALF = (0.9, 0.2), (0.3, 0.6), (0.8, 0.7), (0.5, 0.5)
 
 
+def win_rate(said, contexts):
+    """judge.win_rate of responses that are all as long."""
+    return judge.win_rate(verdicts(*said), [(context, "x", "y") for context in contexts])
+
+
 def test_win_rate_by_hand():
     """Four prompts with two pairs each, of which 2 won, 2 lost and 4 tied: the win rate is (2 + 4·½)/8 = ½.
 
     Wilson's interval over n = 4 prompts, with z² = 1.96² = 3.8416: ½ ± √(z²/4n + z⁴/4n²) / (1 + z²/n)
     = ½ ± √(0.2401 + 0.23059) / 1.9604 = ½ ± 0.34996. Over eight pairs it would be ½ ± 0.2848.
     """
-    found = judge.win_rate(verdicts(WIN, LOSE, FLIP, HALF, WIN, FLIP, LOSE, HALF), [0, 0, 1, 1, 2, 2, 3, 3])
+    found = win_rate((WIN, LOSE, FLIP, HALF, WIN, FLIP, LOSE, HALF), [0, 0, 1, 1, 2, 2, 3, 3])
+    assert list(found) == COMPARE_KEYS and found.pop("lc_win_rate") == 0.5
     ends = {key: found.pop(key) for key in ("ci_low", "ci_high")}
     assert found == {"n": 8, "win": 0.25, "tie": 0.5, "lose": 0.25, "win_rate": 0.5}
     assert ends == pytest.approx({"ci_low": 0.5 - 0.34996, "ci_high": 0.5 + 0.34996}, abs=1e-5)
-    assert [*found, *ends] == COMPARE_KEYS
-    found = judge.win_rate(verdicts((0.9, 0.9), (0.2, 0.2), HALF), [0, 1, 2])      # biased, the same texts
+    found = win_rate(((0.9, 0.9), (0.2, 0.2), HALF), [0, 1, 2])                    # biased, the same texts
     assert (found["tie"], found["win_rate"]) == (1, 0.5)
 
 
 def test_win_rate_at_its_ends():
     """All won: the interval is from n/(n + z²) to 1, wide for a single prompt; lost ones mirror it."""
     for n in (1, 3, 100):
-        sure, lost = (list(judge.win_rate(verdicts(*[one] * n), range(n)).values()) for one in (WIN, LOSE))
-        assert sure[1:] == pytest.approx([1, 0, 0, 1, n / (n + 3.8416), 1])
-        assert lost[1:] == pytest.approx([0, 0, 1, 0, 0, 3.8416 / (n + 3.8416)], abs=1e-12)
-    assert judge.win_rate(verdicts(WIN, WIN, WIN), [0, 0, 0])["ci_low"] == pytest.approx(1 / 4.8416)
+        sure, lost = (list(win_rate([one] * n, range(n)).values()) for one in (WIN, LOSE))
+        assert sure[1:] == pytest.approx([1, 0, 0, 1, n / (n + 3.8416), 1, 1])
+        assert lost[1:] == pytest.approx([0, 0, 1, 0, 0, 3.8416 / (n + 3.8416), 0], abs=1e-12)
+    assert win_rate((WIN, WIN, WIN), [0, 0, 0])["ci_low"] == pytest.approx(1 / 4.8416)
+
+
+def test_length_controlled_by_hand():
+    """Half of the pairs have Δ = d and are won in 80 %, half have Δ = -d and are won in 50 %. Two rates, two
+    parameters: θ + φt = logit 0.8 = ln 4 and θ - φt = 0, so θ = ln 2 and σ(θ) = ⅔, where the plain rate is
+    0.65. Won in 90 % when longer and 10 % when shorter, longer in three of four: plain 0.7, controlled ½.
+    """
+    def found(*groups):
+        score, gap = (np.concatenate(part) for part in zip(*(
+            (np.repeat((1.0, 0.0), (wins, n - wins)), np.full(n, d)) for n, wins, d in groups)))
+        return score.mean(), length_controlled(score, gap)
+    assert found((2000, 1600, 70.0), (2000, 1000, -70.0)) == pytest.approx((0.65, 2 / 3), abs=1e-4)
+    assert found((3000, 2700, 9.0), (1000, 100, -9.0)) == pytest.approx((0.7, 0.5), abs=1e-4)
+
+
+def test_length_controlled_is_a_logistic_regression():
+    """Scores that follow σ(0.4 + 1.3 tanh(Δ/s)) give σ(0.4) back. Ten pairs: as scikit-learn 1.9's
+    LogisticRegression(C=100) fits them, whose intercept has no penalty. The other side has the rest."""
+    gap = np.random.default_rng(0).normal(40, 300, 5000)
+    score = 1 / (1 + np.exp(-0.4 - 1.3 * np.tanh(gap / gap.std(ddof=1))))
+    assert length_controlled(score, gap) == pytest.approx(1 / (1 + math.exp(-0.4)), abs=1e-5)
+    score = np.array([1, 1, 1, 0, 0.5, 0, 1, 0.5, 0, 1])
+    gap = np.array([120, 300, 40, -80, 10, 60, 500, -20, -150, -30.0])
+    assert length_controlled(score, gap) == pytest.approx(0.5272618216, abs=1e-9)
+    assert length_controlled(score, gap) + length_controlled(1 - score, -gap) == pytest.approx(1, abs=1e-12)
+
+
+def test_length_controlled_at_its_ends():
+    """Where lengths do not differ, or differ alike, it is the plain win rate; so it is where all is won.
+    Where length alone tells who wins, with as many of each, it is ½ and finite."""
+    score = np.array([1.0, 0.0, 1.0, 0.5])
+    for gap in (np.zeros(4), np.full(4, 30.0)):
+        assert length_controlled(score, gap) == score.mean()
+    assert length_controlled(np.ones(3), np.array([5.0, -2.0, 900.0])) == 1
+    assert length_controlled(np.array([1.0]), np.array([5.0])) == 1
+    assert length_controlled(np.array([1.0, 0, 1, 0]), np.array([5.0, -5, 8, -8])) == pytest.approx(0.5)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 
 DATA_KEYS = ["n", "accuracy", "flip_rate", "first_slot_rate", "longer_wins", "ece", "cut"]
-COMPARE_KEYS = ["n", "win", "tie", "lose", "win_rate", "ci_low", "ci_high"]
+COMPARE_KEYS = ["n", "win", "tie", "lose", "win_rate", "ci_low", "ci_high", "lc_win_rate"]
 
 
 @pytest.fixture(scope="module")
@@ -575,9 +620,11 @@ def test_comparing_two_response_files(model_folder, ask, result, tmp_path):
     assert code == 0 and not err and list(found) == COMPARE_KEYS and found["n"] == 6
     net, tokenizer = judge.load_model(model_folder, "float32", "cpu")
     contexts = ["Human: Which river?", "Human: Which tree?", "Plain"]
-    direct = judge.compare(net, prompt_of(tokenizer, max_length=512),
-                           [(c, x, y) for c, xs, ys in zip(contexts, ours, theirs) for x, y in zip(xs, ys)])
-    assert found == pytest.approx(judge.win_rate(direct, [0, 0, 1, 1, 2, 2]), abs=1e-4) and direct.p[2] == 0.5
+    pairs = [(c, x, y) for c, xs, ys in zip(contexts, ours, theirs) for x, y in zip(xs, ys)]
+    direct = judge.compare(net, prompt_of(tokenizer, max_length=512), pairs)
+    assert found == pytest.approx(judge.win_rate(direct, pairs), abs=1e-4) and direct.p[2] == 0.5
+    assert out[-2] == "win/tie/lose: " + "/".join(
+        f"{100 * found[key]:.1f}" for key in ("win", "tie", "lose")) + " %"
     assert result(f"--a={a}", f"--b={b}", "--limit=2")["n"] == 4             # rows, as with --data, not pairs
     back = result(f"--a={b}", f"--b={a}")
     assert (back["win"], back["tie"], back["lose"]) == (found["lose"], found["tie"], found["win"])
@@ -585,6 +632,50 @@ def test_comparing_two_response_files(model_folder, ask, result, tmp_path):
                                                         {"prompt": "z", "responses": ["u", "v"]}])
     found = result(f"--a={path}", f"--b={path}")
     assert (found["n"], found["tie"], found["win_rate"]) == (3, 1, 0.5)
+
+
+def test_mt_bench_is_judged_turn_by_turn(model_folder, ask, result, tmp_path):
+    """Two turns are two pairs of one prompt; the second is judged with all that was said after the first
+    question. The interval is that of two prompts. Without the questions nothing is judged. AlpacaEval's rows
+    meet plain ones that answer the same."""
+    asked = [{"question_id": i, "category": "math", "turns": [f"Which {thing}?", "And then?"]}
+             for i, thing in enumerate(("river", "tree"))]
+    answers = {"a": ("The old one.", "It moves."), "b": ("A stone.", "It waits and waits.")}
+    for name, turns in answers.items():
+        tiny.write_jsonl(tmp_path / f"{name}.jsonl", [
+            {"question_id": i, "model_id": name, "choices": [{"index": 0, "turns": turns}]} for i in (0, 1)])
+    questions = tiny.write_jsonl(tmp_path / "question.jsonl", asked)
+    sides = [f"--a={tmp_path}/a.jsonl", f"--b={tmp_path}/b.jsonl"]
+    found = result(*sides, f"--questions={questions}")
+    net, tokenizer = judge.load_model(model_folder, "float32", "cpu")
+    pairs = [(f"Human: {one['turns'][0]}", *texts) for one in asked for texts in (
+        [turns[0] for turns in answers.values()],
+        ["{}\n\nHuman: And then?\n\nAssistant: {}".format(*turns) for turns in answers.values()])]
+    direct = judge.compare(net, prompt_of(tokenizer, max_length=512), pairs)
+    assert found == pytest.approx(judge.win_rate(direct, pairs), abs=1e-4) and found["n"] == 4
+    code, _, err = ask(*sides)
+    assert code == 1 and "a.jsonl, line 1" in err[0] and "--questions" in err[0]
+    plain = [{"instruction": one["turns"][0], "output": "y", "generator": "g"} for one in asked]
+    path = tiny.write_jsonl(tmp_path / "alpaca.jsonl", plain)
+    other = tiny.write_jsonl(tmp_path / "c.jsonl", [{"prompt": row["instruction"], "response": "x"}
+                                                    for row in plain])
+    assert result(f"--a={path}", f"--b={other}")["n"] == 2
+
+
+@pytest.mark.parametrize("name", ["final_layer_norm.weight", "dense.weight", "embed_out.weight"])
+def test_a_judge_that_is_not_finite_says_so(name, ask, tmp_path):
+    """One Inf in its weights is no accuracy of 0 %. In the head it is one of each sign, for one of the two is
+    no more than a token that never comes."""
+    folder = tiny.folder(tmp_path / "model", "neox", scale=0.5)
+    tensors = load_file(folder / "model.safetensors")
+    damaged = next(tensor for key, tensor in sorted(tensors.items()) if key.endswith(name))
+    damaged.view(-1)[0] = math.inf
+    if name == "embed_out.weight":
+        damaged[1, 0] = -math.inf
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    path = tiny.write_jsonl(tmp_path / "pairs.jsonl", tiny.pairs(3))
+    code, out, err = ask(f"--model={folder}", f"--data={path}")
+    assert code == 1 and not out[1:] and len(err) == 1 and "not finite" in err[0]
 
 
 def test_samples_can_be_judged_as_they_were_written(model_folder, ask, tmp_path):

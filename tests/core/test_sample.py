@@ -408,6 +408,7 @@ BAD = {     # arguments after --model: what the message names
     "--prompt=a --batch_size=0": "--batch_size=0", "--prompt=a --dtype=int8": "--dtype=int8",
     "--prompt=a --device=tpu": "--device=tpu", "--prompt=a --chat=irc": "--chat=irc",
     "--prompt=a --chat=chatml": "<|im_start|>", "--prompts=nowhere.jsonl": "nowhere.jsonl",
+    "--prompt=a --format=mt_bench": "--prompts", "--prompts=a.jsonl --format=arena": "mt_bench",
     "--promt=a": "--prompt", "--prompt=a --out=nowhere/out.jsonl": "nowhere/out.jsonl",
     "--prompt=" + "The_river_" * 600: "512", "--prompt=a --model=nowhere": "nowhere",
 }
@@ -450,6 +451,69 @@ def test_the_context_is_never_left(folders, command):
         assert max(len(response["ids"]) for response in json.loads(out)["responses"]) == most
     code, out, err = command(model, f"--prompt={prompts[511]}", "--max_tokens=1")
     assert code == 1 and out == "" and "512" in err
+
+
+def test_mt_bench(folders, tmp_path, command):
+    """K = 2: the first turns are those of the same prompts without a format, and the second is what the model
+    says after its own first answer, at the temperature that FastChat has for the category, or at ours.
+    Neither batches nor the questions beside one matter."""
+    asked = [{"question_id": i, "category": category, "turns": ["The old river", "And the tree?"][:i]}
+             for i, category in ((2, "writing"), (1, "math"), (2, "math"))]
+    path, out = tiny.write_jsonl(tmp_path / "question.jsonl", asked), tmp_path / "ours.jsonl"
+    arguments = [f"--model={folders['llama']}", "--max_tokens=6", "--dtype=float64", "--k=2", "--top_p=1"]
+
+    def rows(*given):
+        code, said, _ = command(*arguments, "--format=mt_bench", f"--prompts={path}", f"--out={out}", *given)
+        assert code == 0 and said.splitlines()[-1].startswith("3 prompts × 2 responses")
+        return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+    def texts(prompt, *given):
+        file = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": prompt}])
+        row = json.loads(command(*arguments, f"--prompts={file}", *given)[1])
+        return [one["text"].strip() for one in row["responses"]]
+    found = rows("--name=ours")
+    turns = [[choice["turns"] for choice in row["choices"]] for row in found]
+    assert [(row["question_id"], row["model_id"]) for row in found] == [(2, "ours"), (1, "ours"), (2, "ours")]
+    question = [{"role": "user", "content": "The old river"}]
+    assert [first for first, _ in turns[0]] == texts(question, "--temperature=0.7")
+    assert turns[1] == [[text] for text in texts(question, "--temperature=0")]
+    for first, second in turns[2]:
+        dialogue = [*question, {"role": "assistant", "content": first},
+                    {"role": "user", "content": "And the tree?"}]
+        assert second == texts(dialogue, "--temperature=0")[0]
+    assert turns[0][0] != turns[0][1] and turns[2][0][0] == turns[1][0][0]
+    for given in (["--batch_size=1"], ["--batch_size=2"]):
+        assert [[choice["turns"] for choice in row["choices"]] for row in rows(*given)] == turns
+    assert {row["model_id"] for row in rows("--temperature=0")} == {folders["llama"]}
+    assert rows("--temperature=0")[0]["choices"][0]["turns"] == turns[2][0]
+
+
+def test_alpaca_eval(folders, tmp_path, command):
+    """A list in, a list out: the outputs are the texts of the same prompts without a format."""
+    given = [{"instruction": text, "output": "theirs", "dataset": "d"} for text in ("The river", "A tree")]
+    (tmp_path / "eval.json").write_text(json.dumps(given))
+    arguments = [f"--model={folders['neox']}", f"--prompts={tmp_path / 'eval.json'}", "--max_tokens=6"]
+    plain = [json.loads(line)["responses"][0]["text"] for line in command(*arguments)[1].splitlines()]
+    assert command(*arguments, "--format=alpaca_eval", f"--out={tmp_path / 'ours.json'}")[0] == 0
+    assert json.loads((tmp_path / "ours.json").read_text()) == [
+        row | {"output": text.strip(), "generator": folders["neox"]} for row, text in zip(given, plain)]
+
+
+def test_prompts_are_never_overwritten(folders, tmp_path, command):
+    """Nor by another name of the same file; and a file of rows stays where a prompt cannot be used."""
+    path = tiny.write_jsonl(tmp_path / "p.jsonl", [{"prompt": "The river"}])
+    (tmp_path / "link").symlink_to(path)
+    old = (tmp_path / "p.jsonl").read_text()
+    for out in (path, tmp_path / "link", f"{tmp_path}/../{tmp_path.name}/p.jsonl"):
+        code, _, err = command(f"--model={folders['llama']}", f"--prompts={path}", f"--out={out}")
+        assert code == 1 and err.startswith(f"error: --out={out}")
+        assert (tmp_path / "p.jsonl").read_text() == old
+    (tmp_path / "out").write_text("old")
+    code, _, err = command(f"--model={folders['llama']}", f"--prompts={path}", "--format=mt_bench",
+                           f"--out={tmp_path / 'out'}")
+    assert code == 1 and "p.jsonl, line 1" in err and (tmp_path / "out").read_text() == "old"
+    code, _, err = command(f"--model={folders['llama']}", f"--prompts={path}", "--out=/dev/full")
+    assert code == 1 and "/dev/full: cannot be written (No space left on device)" in err.splitlines()[-1]
 
 
 class Terminal:
