@@ -14,7 +14,7 @@ import numpy as np
 
 from forest import pack  # noqa: F401 -- others say data.pack, data.read_rows and data.load_tokenizer
 from support.chats import CHATS, Chat, chat_of  # noqa: F401
-from support.cli import InputError
+from support.cli import InputError, progress
 from support.rows import ASSISTANT, Report, Row, Unusable, hh_prompt, hh_text, read_data, read_rows  # noqa
 from support.tokenizer import load_tokenizer  # noqa: F401
 
@@ -27,14 +27,16 @@ REFINEMENT_PROMPT = (      # p of paper 1, prepended to the query
 def in_turns(prompt, chat):
     """The prompt as messages where a format was chosen: text is one user's turn, an HH dialogue its turns.
 
-    Blank text, and HH text that does not end with "Assistant:", stays as it stands.
+    Blank text, and HH text that does not end with "Assistant:", stays as it stands. All messages come under
+    the system message that was given.
     """
-    if chat.name is None or not isinstance(prompt, str) or not prompt.strip():
-        return prompt
-    text = prompt.rstrip(" ")
-    if text.endswith(ASSISTANT):
-        return hh_prompt(text.removesuffix(ASSISTANT))
-    return prompt if "\n\nHuman:" in text else [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str) and prompt.strip() and chat.name is not None:
+        text = prompt.rstrip(" ")
+        if text.endswith(ASSISTANT):
+            prompt = hh_prompt(text.removesuffix(ASSISTANT))
+        elif "\n\nHuman:" not in text:
+            prompt = [{"role": "user", "content": prompt}]
+    return prompt if isinstance(prompt, str) else chat.with_system(prompt)
 
 
 def prompt_ids(tokenizer, prompt, chat):
@@ -91,8 +93,10 @@ def prefix_ids(tokenizer, prompt, chat, x):
 
 def context_text(prompt):
     """What the judge reads as context: HH text without its final "\\n\\nAssistant:", or the plain prompt."""
-    text = prompt.removesuffix(ASSISTANT) if isinstance(prompt, str) else hh_text(prompt)
-    return text.lstrip("\n")
+    if isinstance(prompt, str):
+        text = prompt.rstrip(" ")                                # Nectar has one after the mark
+        return (text.removesuffix(ASSISTANT) if text.endswith(ASSISTANT) else prompt).lstrip("\n")
+    return hh_text(prompt).lstrip("\n")
 
 
 def prompt_room(prefix, responses, max_length, max_prompt_length):
@@ -122,7 +126,7 @@ def cut_turns(tokenizer, chat, messages, room):
     """The messages, less what is too much for `room` ids: the oldest turns after the system turn, whole; then
     the front of the last user's text. Marks and system turn stay. Unusable: they alone are longer."""
     while (excess := len(chat.ids(messages)) - room) > 0:
-        start = int(messages[0]["role"] == "system")
+        start = int(messages[0]["role"] in ("system", "developer"))
         later = [i for i, turn in enumerate(messages) if turn["role"] == "user" and i > start]
         if later:
             messages = messages[:start] + messages[later[0]:]
@@ -159,6 +163,10 @@ class Sequence:
     def count(self):
         return len(self.ids) - self.start
 
+    @property
+    def x(self):
+        return self.ids[:self.start]
+
 
 def encode_pair(tokenizer, row, chat, max_length, max_prompt_length, refinement_prompt=None, max_tokens=1):
     """Row -> Pair, x and y cut to max_length (p is not counted); a prompt alone leaves room for max_tokens.
@@ -194,7 +202,7 @@ def encode_dataset(tokenizer, rows, chat, max_length, max_prompt_length, refinem
     """list[Row] -> (list[Pair], Report); rows whose responses become the same are skipped and counted."""
     limits = (chat, max_length, max_prompt_length, refinement_prompt, max_tokens)
     pairs, skipped = [], {}
-    for row in rows:
+    for row in progress(rows, "encoding"):
         try:
             pairs.append(encode_pair(tokenizer, row, *limits))
         except Unusable as reason:
@@ -228,7 +236,7 @@ class Dataset:
         the judge recipe learns, Sequences made of rows that are pairs."""
         s, recipe = settings, settings.recipes[settings.recipe]
         self.settings, self.recipe, self.tokenizer = s, recipe, tokenizer
-        self.instructions, self.say = instructions, say
+        self.instructions, self.say, self.has_dialogues = instructions, say, False
         p = s.refinement_prompt if recipe.is_refined else None
         p_length, prefix_length = len(tokenizer.encode(p)) if p else 0, len(tokenizer.prefix(False))
         self.max_length, max_prompt_length, self.max_tokens = s.lengths(context, p_length, prefix_length)
@@ -238,14 +246,18 @@ class Dataset:
         if not files:
             raise InputError(f"--{'prompts' if recipe.online else 'data'}: name the file for {s.recipe}.")
         trained, held_out = kinds_of_rows(s.recipe, recipe)
+        self.held_out = self.read(s.eval_data, held_out) if s.eval_data else []      # mostly the shorter ones
         self.rows = self.read(files, trained, s.data_fraction)
-        self.held_out = self.read(s.eval_data, held_out) if s.eval_data else []
 
     def read(self, files, need, fraction=1.0):
         """The rows of some files: Pairs, or Sequences where single responses are learned."""
-        rows, reports = read_data(files, need, self.settings.seed, fraction)
+        s = self.settings
+        rows, reports = read_data(files, need, s.seed, fraction, columns=s.columns,
+                                  score_temperature=s.score_temperature)
         for report in reports:
             self.say(report)
+        self.has_dialogues |= any(not isinstance(row.prompt, str) or row.prompt.rstrip().endswith(ASSISTANT)
+                                  for row in rows)
         instructions = []
         if need == "judge":
             # Responses without a rival stay what they are: who only learned to say A or B could not answer.
@@ -283,6 +295,10 @@ class Dataset:
             first, last = max(start - epoch * n, 0), min(stop - epoch * n, n)
             found += [self.rows[i] for i in order[first:last]]
         return found
+
+
+def without_strength(pairs):
+    return [pair for pair in pairs if pair.strength is None]
 
 
 def named_winner(pair):

@@ -12,11 +12,14 @@ function in losses.py and a row that names it: CONTRIBUTING.md shows one.
 """
 import inspect
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 import losses
-from data import CHATS, REFINEMENT_PROMPT
-from judge import PAIRINGS, TEMPLATES
+from data import CHATS, REFINEMENT_PROMPT, Pair, Sequence, named_winner
+from judge import PAIRINGS, TEMPLATES, rejection_sample
+from sample import Sample
 from support import cli
 from support.cli import InputError, setting
 
@@ -116,6 +119,67 @@ RECIPES = {
 }
 
 
+# ------------------------------------------------------------------------------------------------------------
+# What is made of fresh responses: pairs, examples, rows of a file
+
+def paired(settings, step, place, scores):
+    """[(winner, loser)] of the samples of the prompt at a place of a step; what is drawn (random pairs, rso's
+    acceptance) is a pure function of (seed, step, place)."""
+    generator = np.random.default_rng([settings.seed, 4, step, place])
+    recipe = settings.recipes[settings.recipe]
+    pairing = PAIRINGS[recipe.pairs]
+    if recipe.responses != "rso":
+        return pairing(scores, generator)
+    accepted = rejection_sample(scores, settings.k, settings.rso_beta, generator)
+    return [(accepted[i], accepted[j]) for i, j in pairing([scores[i] for i in accepted], generator)]
+
+
+def fresh_responses(recipe, prompts, samples, judged):
+    """[(query, first, second, p(first ≻ second))] of what was sampled: the judge's pairs, of which the first
+    need not win. RAFT takes each prompt's best one alone; in SPIN the data set's wins over each sample."""
+    if recipe.pairs == "spin":
+        own = [Sample(query.chosen, 0.0, query.row.finished[0], query.row.chosen) for query in prompts]
+        return [(query, better, one, 1.0)
+                for query, better, group in zip(prompts, own, samples) for one in group]
+    if recipe.pairs == "best":
+        best = [max(range(len(scores)), key=scores.__getitem__) for scores, _ in judged]
+        return [(query, group[i], None, None) for query, group, i in zip(prompts, samples, best)]
+    return [(query, group[i], group[j], p) for query, group, (_, pairs) in zip(prompts, samples, judged)
+            for i, j, p in pairs]
+
+
+def worth_learning(recipe, examples, log):
+    """The examples without pairs of equal responses; for hard labels without p = ½ too, with the winner that
+    the direct verdict names in front, and p = 1."""
+    if recipe.pairs == "best":
+        return examples
+    log.add("identical", [pair.chosen == pair.rejected for pair in examples])
+    pairs = [pair for pair in examples if pair.chosen != pair.rejected]
+    if recipe.labels == "hard":
+        log.add("undecided", [pair.strength == 0.5 for pair in pairs])
+        decided = [named_winner(pair) for pair in pairs if pair.strength != 0.5]
+        pairs = [replace(pair, strength=1.0) for pair in decided]
+    return pairs
+
+
+def example_of(query, first, second, p):
+    """A fresh response, or two of them, to be trained on."""
+    if second is None:
+        return Sequence(query.x + first.ids, len(query.x))
+    return Pair(query.x, query.refined_x, first.ids, second.ids, p, query.row, False)
+
+
+def row_of(query, first, second, p):
+    """The same as a row of a data file, so that a run can be replayed offline."""
+    if second is None:
+        return {"prompt": query.row.prompt, "response": first.text, "finished": [first.finished, True]}
+    return {"prompt": query.row.prompt, "chosen": first.text, "rejected": second.text, "p": round(p, 6),
+            "finished": [first.finished, second.finished]}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Settings
+
 @dataclass
 class Settings:
     """Align a language model. What is left out is the recipe's; without --model it runs on the toy world."""
@@ -127,14 +191,18 @@ class Settings:
     prompts: list[str] | None = setting(None, "prompt files of online recipes; default: the prompts in data")
     data_fraction: float = setting(1.0, "share of data; shares of one seed are nested", above=0, most=1)
     eval_data: list[str] | None = setting(None, "held-out files of the same form")
+    columns: list[str] | None = setting(None, "keys of no form known: prompt:question,chosen:answer_a")
+    score_temperature: float = setting(1.0, "differences of scores, ranks d are p = σ(d / this)", above=0)
     chat: str | None = setting(None, f"dialogue format ({', '.join(CHATS)}); none: the folder's")
+    system: str | None = setting(None, "every dialogue's system message, whatever it has; --system= for none")
     toy_family: str = setting("llama", "architecture in the toy world", choices=("llama", "neox"))
 
     steps: int | None = setting(None, "updates; default: epochs over the data", least=1, group="Optimization")
     epochs: float = setting(1.0, "passes over the data when steps is not given (both papers: 1)", above=0)
     batch_size: int | None = setting(None, "pairs, online prompts, per update; papers: 64; 16", least=1)
     micro_batch_size: int = setting(8, "of these, how many a rank trains on at a time", least=1)
-    lr: float | None = setting(None, "papers: 5e-7; 2e-6 (TinyLlama), 2e-5 (Mistral with LoRA)", above=0)
+    lr: float | None = setting(None, "papers: 5e-7; 2e-6 (TinyLlama), 2e-5 (Mistral with LoRA)", above=0,
+                               below=3e38)
     optimizer: str | None = setting(None, "paper 1: rmsprop, paper 2: adam",
                                     choices=("rmsprop", "adam", "adamw"))
     betas: list[float] = setting([0.9, 0.999], "of adam and adamw", least=0, below=1)
@@ -153,8 +221,10 @@ class Settings:
     refinement_prompt: str = setting(REFINEMENT_PROMPT, "p, put before the query by sr-*")
     delta_scale: str = setting("printed", "sr-ipo: λΔπ (eq. 15) or λΔπ/β", choices=("printed", "exact"))
     judge_task: str = setting("helpful", "the judge's instruction", choices=tuple(TEMPLATES))
+    judge_anyway: bool = setting(False, "go on under a judge that gives A and B next to no probability")
     k: int | None = setting(None, "responses per prompt; papers: 7, with little data 9 and 21", least=1)
-    temperature: float = setting(0.7, "of sampling (paper 2); greedy ones would all be the same", above=0)
+    temperature: float = setting(0.7, "of sampling (paper 2); greedy ones would all be the same", above=0,
+                                 below=3e38)
     top_p: float = setting(0.9, "of sampling (paper 2)", above=0, most=1)
     candidates: int | None = setting(None, "rso: samples of which k are kept; default: 4 k", least=1)
     rso_beta: float = setting(0.1, "rso: towards 0 the best are kept, towards ∞ whatever comes", above=0)
@@ -166,8 +236,14 @@ class Settings:
 
     out_dir: str = setting("out", "gets metrics.jsonl, checkpoint/, final/ …", group="What is written")
     eval_every: int = setting(0, "steps between evaluations; 0: only at the end", least=0)
+    keep_best: str | None = setting(None, "of the evaluations: best/ is the one with the best of these",
+                                    choices=("eval_loss", "eval_accuracy", "eval_reward"))
     sample_every: int = setting(0, "online: steps between showing a prompt with its samples", least=0)
+    show_prompts: int = setting(8, "prompts answered before, after and at evaluations, for the page", least=0)
+    report_every: int = setting(0, "steps between writing report.html; 0: only at the end", least=0)
     save_every: int = setting(0, "steps between checkpoints; 0: by time, and at the end", least=0)
+    save_dtype: str = setting("auto", "of final/ and best/; auto: as model has it",
+                              choices=("auto", "float64", "float32", "bfloat16", "float16"))
     save_minutes: float = setting(10.0, "minutes between checkpoints; 0: by steps alone", least=0)
     keep: int = setting(1, "checkpoints kept", least=1)
     resume: str = setting("auto", "auto: from the checkpoint; never: start over; force: despite changes",
@@ -177,6 +253,7 @@ class Settings:
                          choices=("auto", "float32", "bfloat16", "float64"), group="The machine")
     device: str = setting("auto", "auto, cpu, cuda, mps")
     replicas: int = setting(1, "copies of the sharded weights; 2: gather inside each of two nodes", least=1)
+    rank_minutes: float = setting(30.0, "that ranks wait for each other at most", above=0, most=1e6)
     checkpoint_activations: bool = setting(False, "less memory, a third more time")
     reference_cache: str | None = setting(None, "folder that keeps what π_ref says of the data")
     dry_run: bool = setting(False, "only print the memory that each rank needs")
@@ -205,12 +282,16 @@ class Settings:
         if strange:
             raise InputError(f"losses.py: {recipe.loss} asks for {strange[0]}, which is no setting.")
         iterates = (self.iterations or 1) > 1
+        measured = {"sft": ["eval_loss"], "ppo": ["eval_reward"]}.get(
+            recipe.loss, ["eval_loss", "eval_accuracy"])
         impossible = (
             ("k", recipe.pairs in PAIRINGS and self.k < 2, "pairs need at least 2 responses per prompt"),
             ("candidates", (self.candidates or self.k or 0) < (self.k or 0), f"fewer than --k={self.k}"),
             ("iterations", iterates and self.lora_rank, "the reference under adapters cannot move"),
             ("reference", iterates and self.reference, "spin's is the policy at the start of each iteration"),
-            ("betas", len(self.betas) != 2, "two numbers"))
+            ("betas", len(self.betas) != 2, "two numbers"),
+            ("keep_best", self.keep_best and not self.eval_every, "needs --eval_every"),
+            ("keep_best", self.keep_best not in (None, *measured), f"here is only {', '.join(measured)}"))
         for name, wrong, why in impossible:
             if wrong:
                 raise InputError(f"--{name}={getattr(self, name)}: {why}.")
@@ -269,9 +350,12 @@ class Settings:
                 ("k temperature top_p max_tokens prompts", online, "an online recipe"),
                 ("data", not (online and self.prompts), "to stand alone: an online recipe reads --prompts"),
                 ("judge", recipe.has_judge, "a recipe with a judge"),
+                ("score_temperature", recipe.labels == "soft" and (not online or self.eval_data),
+                 "pairs for --recipe=offline-soft"),
                 ("judge_task", recipe.has_judge or self.recipe == "judge", "a recipe with a judge"),
                 ("candidates rso_beta", recipe.responses == "rso", "--recipe=rso"),
-                ("iterations", recipe.pairs == "spin", "--recipe=spin")]
+                ("iterations", recipe.pairs == "spin", "--recipe=spin"),
+                ("eval_every keep_best", self.eval_data or not self.model, "--eval_data")]
 
     def check_used(self):
         """Refuse what was typed but has no effect in this run: it is a mistake somewhere."""

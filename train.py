@@ -12,18 +12,13 @@ Left out on purpose: configuration files, trackers (out_dir/metrics.jsonl has on
 schedulers. Everything random is a pure function of (seed, step, row), so a run can be split over ranks or
 resumed without a trace. Letters: N pairs, K samples per prompt.
 """
-from support.ranks import STARTED_BY  # noqa: I001 -- first: it notes who started this process
+from support.ranks import Ranks, launch, pick_dtype, stop_signal  # noqa: I001 -- first: see there
 
 import contextlib
-import dataclasses
-import json
+import datetime
 import math
-import os
-import signal
-import sys
 import time
 
-import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -34,16 +29,18 @@ import losses
 import model
 import sample
 from data import Pair, Sequence
-from recipes import RECIPES, Settings
-from support import cli, memory
+from recipes import RECIPES, Settings, example_of, fresh_responses, paired, row_of, worth_learning
+from support import cli, hf, memory
 from support.checkpoint import START, OutDir
 from support.cli import InputError
-from support.disk import last_metrics
-from support.metrics import Log, rounded, shown, summary
-from support.ranks import Ranks, launch, leave_with, lost_rank_named, pick_dtype, stop_signal
+from support.health import SKIPS, no_hope
+from support.loop import Loop
+from support.memory import prompts_at_a_time
+from support.metrics import Log, learning_rate, shown
 from support.reference_cache import ReferenceCache
+from support.shown import Shown
 
-SKIPS = 5              # updates skipped in a row that end a run
+ANSWERS = 1 << 31      # the step that names the randomness of the page's answers: no real one
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -90,21 +87,34 @@ def whole_tensor(tensor):
 
 
 class Networks:
-    """The policy, its frozen reference and judge: sharded before they have memory, each folder read once.
-    A Trainer sets reference, judge and optimizer when it knows its data."""
+    """The policy, its frozen reference and judge: sharded before they have memory, each folder read once. A
+    Trainer reads them last: what is wrong with names, tokenizers or data is said before."""
 
     def __init__(self, settings):
         s = self.settings = settings
-        self.recipe, self.ranks = s.recipes[s.recipe], Ranks.start(s.device)
+        self.recipe, self.ranks = s.recipes[s.recipe], Ranks.start(s.device, s.rank_minutes)
         self.out = OutDir(s, self.ranks)
         self.dtype = pick_dtype(s.dtype, self.ranks.device)
         self.masters = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.mesh = self.ranks.mesh(s.replicas) if self.ranks.size > 1 or s.replicas > 1 else None
+        for folder in s.folders():                                     # the policy's is the first
+            tokenizer = sample.matching_tokenizer(folder, model.read_config(folder))
+            hf.tensors_in(folder)                                      # their headers are sound
+            if folder == s.model:
+                self.tokenizer = tokenizer
+            elif not tokenizer.same_ids(self.tokenizer):
+                raise InputError(f"{folder} and {s.model} have different tokenizers; "
+                                 f"a run's models share one.")
+        if self.tokenizer.chat_template:                               # which may write the date
+            self.tokenizer.chat_template.now = datetime.datetime.fromisoformat(self.out.started)
+        self.rounding = hf.Rounding(s.model, s.save_dtype)
+
+    def load_policy(self):
         # Under adapters the base is frozen: it needs no masters.
+        s = self.settings
         self.policy = self.load(s.model, self.dtype if s.lora_rank else self.masters, trained=True)
         self.policy.compute_dtype = self.dtype
         self.frozen = {s.model: self.policy} if s.lora_rank else {}    # with adapters off: the reference
-        self.tokenizer = sample.matching_tokenizer(s.model, self.policy.config)
 
     def say(self, text):
         if self.ranks.rank == 0:
@@ -131,12 +141,9 @@ class Networks:
 
     def load_frozen(self, folder):
         """A reference or judge, read in the compute type: at step 0 it computes what the policy computes, bit
-        for bit. It must share the policy's tokenizer."""
+        for bit."""
         if folder not in self.frozen:
-            net = self.frozen[folder] = self.load(folder, self.dtype)
-            ours = self.settings.model
-            if folder != ours and not sample.matching_tokenizer(folder, net.config).same_ids(self.tokenizer):
-                raise InputError(f"{folder} and {ours} have different tokenizers; a run's models share one.")
+            self.frozen[folder] = self.load(folder, self.dtype)
         return self.frozen[folder]
 
     def networks(self):
@@ -196,19 +203,26 @@ class Networks:
             self.optimizer.zero_grad(set_to_none=True)
         return self.state_tensors()
 
-    def save_final(self):
-        """final/: a Hugging Face folder with its tokenizer; under LoRA also adapter/, as PEFT loads it."""
+    def save_final(self, name="final"):
+        """final/, or best/: a Hugging Face folder with its tokenizer and the format that it was trained in;
+        with final/, under LoRA, also adapter/, as PEFT loads it."""
         def write(folder, weights):
-            model.save_weights(self.policy.config, weights, folder)
-            self.tokenizer.save(folder)
+            model.save_weights(self.policy.config, weights, folder, self.rounding)
+            chat = self.data.limits["chat"]
+            self.tokenizer.save(folder, chat.served(self.data.has_dialogues), chat.end)
 
         def write_adapters(folder, weights):
             model.save_adapters(self.policy, weights, self.settings.model, folder)
-        if self.settings.lora_rank:
+        if self.settings.lora_rank and name == "final":
             adapters = ((name, whole_tensor(weight)) for name, weight in self.policy.named_parameters()
                         if "lora_" in name)
             self.out.write_folder("adapter", write_adapters, adapters)
-        self.out.write_folder("final", write, model.merged(self.policy, whole_tensor))
+        count = sum("lora_" not in name for name, _ in self.policy.named_parameters())
+        weights = cli.progress(model.merged(self.policy, whole_tensor), f"saving {name}", count)
+        self.out.write_folder(name, write, weights)
+        if self.rounding.kept < 0.995 and self.rounding.name != "float32":
+            self.say(f"{name}/ is {self.rounding.name}: {100 * self.rounding.kept:.2g} % of the change since "
+                     f"{self.settings.model} survives rounding; --save_dtype=float32 keeps it")
 
 
 def pack_pairs(pairs, query):
@@ -219,21 +233,133 @@ def pack_pairs(pairs, query):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Fresh responses
+
+class Sampling(Networks):
+    """The fresh responses of a run, and what the judge says of them and of rows of a data set."""
+
+    def new_log(self):
+        return Log(self.ranks)
+
+    def sample_prompts(self, net, step, prompts, first, k=None):
+        """A gathered network's K responses (rso: its candidates) to each of this rank's prompts, which stand
+        at the places first, first + ranks, …: lists of Samples, a pure function of (seed, step, place)."""
+        s, limits = self.settings, self.data
+        k, places = k or s.candidates or s.k, [first + i * self.ranks.size for i in range(len(prompts))]
+        longest = max((len(query.x) for query in prompts), default=0) + k * limits.max_tokens
+        size = prompts_at_a_time(self.policy, self.dtype.itemsize, longest)
+        with model.without_adapters(net if self.recipe.responses != "policy" else None):
+            samples = list(sample.sample_prompts(
+                model.in_compute_dtype(net, self.dtype), [query.x for query in prompts], k, limits.max_tokens,
+                s.seed, step, self.stop_ids, self.allowed, s.temperature, s.top_p,
+                rooms=[limits.max_length - len(query.x) for query in prompts], places=places, at_a_time=size))
+        for one in (one for group in samples for one in group):
+            one.text = sample.response_text(self.tokenizer, one)
+        return samples
+
+    def ranking_passes(self, prompts, samples):
+        """The judge's passes over all samples, see judge.ranking_passes; none without a judge."""
+        if not self.recipe.has_judge:
+            return []
+        contexts = [data.context_text(query.row.prompt) for query in prompts]
+        texts = [[one.text for one in group] for group in samples]
+        return judge.ranking_passes(self.judge, self.judge_prompt, contexts, texts)
+
+    def keep_rollout(self, step, prompts, samples, judged, verdicts, fresh):
+        """Log what was sampled and judged, write it down, and show some of it."""
+        log, drawn = self.log, [one for group in samples for one in group]
+        log.add_all({"response_length": [len(one.ids) for one in drawn],
+                     "finished": [one.finished for one in drawn],
+                     "empty": [not one.text.strip() for one in drawn],
+                     "prompt_cut": [query.cut for query in prompts]})
+        log.add_verdicts(judge.Verdicts.join(verdicts))
+        self.out.write_lines("rollouts", step + 1, [row_of(*one) for one in fresh])
+        every = self.settings.sample_every
+        if every and step % every == 0 and judged:
+            context = data.context_text(prompts[0].row.prompt)
+            self.say(shown(step, context, [one.text for one in samples[0]], *judged[0]))
+        if self.recipe.has_judge and self.shown.is_due(step):
+            self.shown_pairs = [example_of(*one) for one in fresh if one[0] is prompts[0] and one[2]]
+            known = [{"margin": h} for h in self.margins(self.shown_pairs)]
+            if judged:
+                self.shown.keep(step, data.context_text(prompts[0].row.prompt), samples[0], *judged[0],
+                                verdicts[1], known)
+
+    @torch.no_grad()
+    def margins(self, pairs):
+        """h of some pairs as a list: a rank may have any number of them."""
+        with gathered(self.policy, self.reference):
+            return self.margin(pairs, "x")[0].tolist() if pairs else []
+
+    @torch.no_grad()
+    def labelled(self, rows):
+        """Rows of a data set; for soft labels the judge, which is frozen, is asked once about each."""
+        if self.recipe.labels == "soft":
+            # By id: where an epoch ends and the next begins, a row may come twice.
+            new = list({id(pair): pair for pair in data.without_strength(rows)}.values())
+            texts = [(data.context_text(pair.row.prompt), pair.row.chosen, pair.row.rejected) for pair in new]
+            with gathered(self.judge), model.without_adapters(self.judge):
+                verdicts = judge.compare(self.judge, self.judge_prompt, texts)
+            self.log.add_verdicts(verdicts)
+            for pair, p in zip(new, verdicts.p.tolist()):
+                pair.strength = p
+        return rows
+
+    @torch.no_grad()
+    def answer_prompts(self, step):
+        """The first held-out prompts (or training prompts) answered anew, always with the same uniforms, for
+        the run's page; {"eval_win": how the judge, if there is one, likes them beside the start's}."""
+        rows = [] if self.settings.recipe == "judge" else self.data.held_out or self.data.rows
+        rows = [row for row in rows[:self.settings.show_prompts] if len(row.x) > 1]      # no texts without x
+        first, size = self.ranks.rank, self.ranks.size
+        rows = rows[first::size]
+        contexts = [data.context_text(row.row.prompt) if isinstance(row, Pair) else
+                    self.tokenizer.decode(row.x) for row in rows]
+        with gathered(self.policy, self.judge), model.without_adapters(self.judge):
+            samples = self.sample_prompts(self.policy, ANSWERS, rows, first, k=1)
+            asked = [(first + i * size, context, one, bool(self.data.held_out))
+                     for i, (context, (one,)) in enumerate(zip(contexts, samples))]
+            known = self.shown.answers(step, asked, self.preferred if self.recipe.has_judge else None)
+        self.log = self.new_log()
+        self.log.add_all(known)
+        return {f"eval_{name}": value for name, value in self.log.means().items()}
+
+    def preferred(self, pairs):
+        """[p(first ≻ second)] of (context, first, second), by the judge: its weights are whole."""
+        return judge.compare(self.judge, self.judge_prompt, pairs).p.tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The trainer
 
-class Trainer(Networks):
+class Trainer(Sampling):
     """One run: the networks, the data, the optimizer, the place on disk; update by update."""
 
     def __init__(self, settings):
         super().__init__(settings)
-        s, context = settings, self.policy.config.context
-        reference, judge_folder = s.frozen_folders()
+        s, config = settings, model.read_config(settings.model)
+        context, (reference, judge_folder) = config.context, s.frozen_folders()
         judge_context = model.read_config(judge_folder).context if judge_folder else context
         if s.recipe == "judge":                         # its sequences are the instructions
             judge_context = min(context, s.max_length or context)
-        chat = data.chat_of(self.tokenizer, s.chat)
+        chat = data.chat_of(self.tokenizer, s.chat, s.system)
         self.judge_prompt = judge.JudgePrompt(self.tokenizer, s.judge_task, judge_context, chat)
         self.data = data.Dataset(s, self.tokenizer, chat, context, self.instructions, self.say)
+        if judge_folder and not self.recipe.online and not data.without_strength(self.data.rows):
+            judge_folder = None                         # the data say how much better: nobody is asked
+        if judge_folder:
+            self.judge_prompt.both_orders("", "", "")   # has the instruction room?
+        self.total_rows = s.steps * s.batch_size if s.steps else math.ceil(len(self.data) * s.epochs)
+        self.steps = s.steps or math.ceil(self.total_rows / s.batch_size)
+        for name in ("iterations", "warmup_steps"):
+            if name in s.given and (getattr(s, name) or 0) > self.steps:
+                raise InputError(f"--{name}={getattr(s, name)}: more than the run's {self.steps} steps.")
+        default = min(self.recipe.defaults["warmup_steps"], self.steps // 10)
+        self.warmup = default if s.warmup_steps is None else s.warmup_steps
+        self.stop_ids, self.allowed = sample.stopping(self.tokenizer, chat, config)
+        self.loss = self.sft_loss if self.recipe.loss == "sft" else self.pair_loss
+        # Now the weights.
+        self.load_policy()
         self.judge = self.load_frozen(judge_folder) if judge_folder else None
         self.reference = None
         if s.reference_cache:
@@ -241,20 +367,9 @@ class Trainer(Networks):
         elif reference:
             self.reference = self.load_frozen(reference)
         self.sampler = self.policy if self.recipe.responses == "policy" else self.reference
-
-        self.total_rows = s.steps * s.batch_size if s.steps else math.ceil(len(self.data) * s.epochs)
-        self.steps = s.steps or math.ceil(self.total_rows / s.batch_size)
-        if "iterations" in s.given and s.iterations > self.steps:
-            raise InputError(f"--iterations={s.iterations}: more than the run's {self.steps} steps.")
-        default = min(self.recipe.defaults["warmup_steps"], self.steps // 10)
-        self.warmup = default if s.warmup_steps is None else s.warmup_steps
-        self.loss = self.sft_loss if self.recipe.loss == "sft" else self.pair_loss
         self.optimizer, self.state = self.make_optimizer(), dict(START)
+        self.shown = Shown(self.out, self.ranks, self.steps)
         self.log, self.started = self.new_log(), time.perf_counter()
-        self.stop_ids, self.allowed = sample.stopping(self.tokenizer, chat, self.policy.config)
-
-    def new_log(self):
-        return Log(self.ranks)
 
     def instructions(self, rows):
         """Judge instructions of rows that are pairs, for the judge recipe."""
@@ -273,6 +388,8 @@ class Trainer(Networks):
         with self.log.timed("update_seconds"):
             norm, why_not = self.learn(examples, self.loss)
         self.count_skip(step, why_not)
+        if self.shown_pairs is not None:
+            self.shown.write_group(self.margins(self.shown_pairs))
         return self.metrics(step, norm)
 
     def batch(self, step):
@@ -397,7 +514,7 @@ class Trainer(Networks):
 
     def begin_update(self, step):
         """A fresh log, the step's learning rate and, where SPIN's next iteration begins, its reference."""
-        self.log, self.started = self.new_log(), time.perf_counter()
+        self.log, self.shown_pairs, self.started = self.new_log(), None, time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step, self.steps, self.warmup)
         n = self.settings.iterations or 1
@@ -406,17 +523,13 @@ class Trainer(Networks):
 
     def count_skip(self, step, why_not):
         """Count a step whose weights stayed as they were; after SKIPS in a row there is no hope."""
-        if why_not is None:
-            self.state["consecutive_skips"] = 0
-            return
-        self.state["skipped"] += 1
-        self.state["consecutive_skips"] += 1
-        self.say(f"\nstep {step + 1}: {why_not}; the update is skipped")
-        if self.state["consecutive_skips"] >= SKIPS:
-            kept = [path.name for path in self.out.checkpoints()]
-            raise InputError(f"step {step + 1}: {why_not}, for {SKIPS} steps in a row; the run stops" + (
-                f" and keeps {kept[-1]}." if kept else ".") + (
-                " A lower --lr or --grad_clip may help." if "finite" in why_not else ""))
+        state = self.state
+        state["consecutive_skips"] = state["consecutive_skips"] + 1 if why_not else 0
+        if why_not:
+            state["skipped"] += 1
+            self.say(f"\nstep {step + 1}: {why_not}; the update is skipped")
+        if state["consecutive_skips"] >= SKIPS:
+            raise InputError(f"step {step + 1}: {no_hope(why_not, self.out.checkpoints())}")
 
     def metrics(self, step, norm):
         """One line of metrics.jsonl: means over the global batch."""
@@ -425,62 +538,6 @@ class Trainer(Networks):
         return {"step": step + 1, **self.log.means(), "grad_norm": norm, "lr": lr,
                 "skipped": self.state["skipped"], "tokens_per_second": tokens / seconds}
 
-    # -- fresh responses ---------------------------------------------------------------------------------
-
-    def sample_prompts(self, net, step, prompts, first):
-        """A gathered network's K responses (rso: its candidates) to each of this rank's prompts, which stand
-        at the places first, first + ranks, …: lists of Samples, a pure function of (seed, step, place)."""
-        s, limits = self.settings, self.data
-        k, places = s.candidates or s.k, [first + i * self.ranks.size for i in range(len(prompts))]
-        longest = max((len(query.x) for query in prompts), default=0) + k * limits.max_tokens
-        size = prompts_at_a_time(self.policy, self.dtype.itemsize, longest)
-        with model.without_adapters(net if self.recipe.responses != "policy" else None):
-            samples = list(sample.sample_prompts(
-                model.in_compute_dtype(net, self.dtype), [query.x for query in prompts], k, limits.max_tokens,
-                s.seed, step, self.stop_ids, self.allowed, s.temperature, s.top_p,
-                rooms=[limits.max_length - len(query.x) for query in prompts], places=places, at_a_time=size))
-        for one in (one for group in samples for one in group):
-            one.text = sample.response_text(self.tokenizer, one)
-        return samples
-
-    def ranking_passes(self, prompts, samples):
-        """The judge's passes over all samples, see judge.ranking_passes; none without a judge."""
-        if not self.recipe.has_judge:
-            return []
-        contexts = [data.context_text(query.row.prompt) for query in prompts]
-        texts = [[one.text for one in group] for group in samples]
-        return judge.ranking_passes(self.judge, self.judge_prompt, contexts, texts)
-
-    def keep_rollout(self, step, prompts, samples, judged, verdicts, fresh):
-        """Log what was sampled and judged, write it down, and show some of it."""
-        log, drawn = self.log, [one for group in samples for one in group]
-        log.add_all({"response_length": [len(one.ids) for one in drawn],
-                     "finished": [one.finished for one in drawn],
-                     "empty": [not one.text.strip() for one in drawn],
-                     "prompt_cut": [query.cut for query in prompts]})
-        if verdicts:
-            asked = sum(len(some.p) for some in verdicts)
-            log.add("judge_cut", [sum(some.cut for some in verdicts)], count=asked)
-            log.add("judge_off", [sum(some.not_a_or_b for some in verdicts)], count=2 * asked)
-        self.out.write_rollouts(step, [row_of(*one) for one in fresh])
-        every = self.settings.sample_every
-        if every and step % every == 0 and judged:
-            context = data.context_text(prompts[0].row.prompt)
-            self.say(shown(step, context, [one.text for one in samples[0]], *judged[0]))
-
-    @torch.no_grad()
-    def labelled(self, rows):
-        """Rows of a data set; for soft labels the judge, which is frozen, is asked once about each."""
-        if self.recipe.labels == "soft":
-            # By id: where an epoch ends and the next begins, a row may come twice.
-            new = list({id(pair): pair for pair in rows if pair.strength is None}.values())
-            texts = [(data.context_text(pair.row.prompt), pair.row.chosen, pair.row.rejected) for pair in new]
-            with gathered(self.judge), model.without_adapters(self.judge):
-                verdicts = judge.compare(self.judge, self.judge_prompt, texts)
-            for pair, p in zip(new, verdicts.p.tolist()):
-                pair.strength = p
-        return rows
-
     # -- beside the updates ------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -488,7 +545,7 @@ class Trainer(Networks):
         """{"eval_…": mean over the held-out rows}; a pair without a p of its own counts as p = 1."""
         self.log, size = self.new_log(), self.settings.micro_batch_size
         rows = self.data.held_out[self.ranks.rank::self.ranks.size]
-        for i in range(0, self.ranks.largest(len(rows)), size):
+        for i in cli.progress(range(0, self.ranks.largest(len(rows)), size), "evaluation"):
             if rows[i:i + size]:
                 self.loss(rows[i:i + size])
             else:
@@ -501,7 +558,7 @@ class Trainer(Networks):
         """Give all fixed pairs what the reference says of them: then nobody needs it in memory."""
         pairs = self.data.rows + self.data.held_out
         cache = ReferenceCache(self.settings, self.dtype, pairs, self.recipe.is_refined)
-        if self.ranks.sum([cache.values is None])[0]:
+        if self.ranks.largest(len(pairs) - cache.done):
             self.reference = self.load_frozen(folder)
             cache.compute(lambda pairs, query: self.reference_logprobs(*pack_pairs(pairs, query)), self.ranks,
                           self.settings.micro_batch_size)
@@ -512,167 +569,8 @@ class Trainer(Networks):
     def run(self):
         """Train to the end and write final/; returns the last metrics. SIGTERM and SIGINT end it after the
         step under way: a checkpoint is saved and the process leaves with 128 + the signal."""
-        with lost_rank_named(self.ranks), self.out.locked(), stop_signal() as stop:
+        with self.out.locked(), stop_signal() as stop:
             return Loop(self, stop).run()
-
-
-def learning_rate(settings, step, steps, warmup):
-    """Linear warm-up, then constant, linear or cosine to 0; step counts from 0."""
-    if step < warmup:
-        return settings.lr * (step + 1) / warmup
-    done = (step - warmup) / max(steps - warmup, 1)
-    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-    return settings.lr * shapes[settings.lr_schedule]
-
-
-def prompts_at_a_time(net, itemsize, tokens):
-    """How many prompts of so many tokens, samples included, are sampled together: the more, the less often
-    the weights are read for one token per row. Their cache may take as much as the weights, or 1 GiB."""
-    config = net.config
-    weights = itemsize * sum(weight.numel() for weight in net.parameters())
-    cache = itemsize * tokens * 2 * config.layers * config.kv_heads * config.head_dim
-    return max(max(weights, 1 << 30) // cache, 1)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Fresh responses as examples, as rows of a file, as text
-
-def paired(settings, step, place, scores):
-    """[(winner, loser)] of the samples of the prompt at a place of a step; what is drawn (random pairs, rso's
-    acceptance) is a pure function of (seed, step, place)."""
-    generator = np.random.default_rng([settings.seed, 4, step, place])
-    recipe = settings.recipes[settings.recipe]
-    pairing = judge.PAIRINGS[recipe.pairs]
-    if recipe.responses != "rso":
-        return pairing(scores, generator)
-    accepted = judge.rejection_sample(scores, settings.k, settings.rso_beta, generator)
-    return [(accepted[i], accepted[j]) for i, j in pairing([scores[i] for i in accepted], generator)]
-
-
-def fresh_responses(recipe, prompts, samples, judged):
-    """[(query, first, second, p(first ≻ second))] of what was sampled: the judge's pairs, of which the first
-    need not win. RAFT takes each prompt's best one alone; in SPIN the data set's wins over each sample."""
-    if recipe.pairs == "spin":
-        own = [sample.Sample(query.chosen, 0.0, query.row.finished[0], query.row.chosen) for query in prompts]
-        return [(query, better, one, 1.0)
-                for query, better, group in zip(prompts, own, samples) for one in group]
-    if recipe.pairs == "best":
-        best = [max(range(len(scores)), key=scores.__getitem__) for scores, _ in judged]
-        return [(query, group[i], None, None) for query, group, i in zip(prompts, samples, best)]
-    return [(query, group[i], group[j], p) for query, group, (_, pairs) in zip(prompts, samples, judged)
-            for i, j, p in pairs]
-
-
-def worth_learning(recipe, examples, log):
-    """The examples without pairs of equal responses; for hard labels without p = ½ too, with the winner that
-    the direct verdict names in front, and p = 1."""
-    if recipe.pairs == "best":
-        return examples
-    log.add("identical", [pair.chosen == pair.rejected for pair in examples])
-    pairs = [pair for pair in examples if pair.chosen != pair.rejected]
-    if recipe.labels == "hard":
-        log.add("undecided", [pair.strength == 0.5 for pair in pairs])
-        decided = [data.named_winner(pair) for pair in pairs if pair.strength != 0.5]
-        pairs = [dataclasses.replace(pair, strength=1.0) for pair in decided]
-    return pairs
-
-
-def example_of(query, first, second, p):
-    """A fresh response, or two of them, to be trained on."""
-    if second is None:
-        return Sequence(query.x + first.ids, len(query.x))
-    return Pair(query.x, query.refined_x, first.ids, second.ids, p, query.row, False)
-
-
-def row_of(query, first, second, p):
-    """The same as a row of a data file, so that a run can be replayed offline."""
-    if second is None:
-        return {"prompt": query.row.prompt, "response": first.text, "finished": [first.finished, True]}
-    return {"prompt": query.row.prompt, "chosen": first.text, "rejected": second.text, "p": round(p, 6),
-            "finished": [first.finished, second.finished]}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The loop
-
-class Loop:
-    """The steps of a trainer, from where out_dir was left to final/: evaluation, checkpoints, the way out."""
-
-    def __init__(self, trainer, stop):
-        self.trainer, self.settings, self.stop = trainer, trainer.settings, stop
-        self.ranks, self.out, self.saved_at = trainer.ranks, trainer.out, time.monotonic()
-
-    def run(self):
-        """Train to the end; returns the last metrics."""
-        t, metrics = self.trainer, None
-        state = self.out.begin(resolved(t), t.steps, t.allocate_state)
-        if state is None:
-            metrics = last_metrics(self.out.path / "metrics.jsonl")
-            t.say(f"{self.out.path} is finished: {json.dumps(metrics)}")
-            return metrics
-        t.state = state
-        t.say(opening(t))
-        line = cli.StepLine(t.steps, self.settings.recipe, enabled=self.ranks.rank == 0)
-        line.resume_at(state["step"])
-        for step in range(state["step"], t.steps):
-            metrics = t.update(step)
-            t.state["step"] = step + 1
-            self.write(metrics)
-            metrics |= self.evaluate(step + 1)
-            line.update(step + 1, summary(metrics))
-            self.save_or_stop(step + 1)
-        t.save_final()
-        if t.state["skipped"]:
-            t.say(f"{t.state['skipped']} of {t.steps} updates were skipped")
-        t.say(f"{self.settings.recipe}: written to {self.out.path / 'final'}")
-        return metrics or last_metrics(self.out.path / "metrics.jsonl")    # killed before: no step was left
-
-    def write(self, record):
-        self.ranks.on_first(lambda: self.out.append("metrics.jsonl", [rounded(record)]))
-
-    def evaluate(self, step):
-        """Held-out metrics where they are due, also as a line of their own after the step's."""
-        every = self.settings.eval_every
-        if not self.trainer.data.held_out or not (step == self.trainer.steps or every and step % every == 0):
-            return {}
-        measured = self.trainer.evaluate()
-        self.write({"step": step} | measured)
-        return measured
-
-    def save_or_stop(self, step):
-        """Save where it is due: by steps, by time, at the end, on a signal; then leave, if asked to."""
-        s, last = self.settings, step == self.trainer.steps
-        late = s.save_minutes and time.monotonic() - self.saved_at > 60 * s.save_minutes
-        # Ranks hear of a signal at different times, and clocks differ: they save and stop together.
-        number, late = (self.ranks.largest(int(value)) for value in (self.stop.number, late))
-        if last or number or late or s.save_every and step % s.save_every == 0:
-            self.out.save(self.trainer.state_tensors(), self.trainer.state)
-            self.saved_at = time.monotonic()
-        if number and not last:
-            self.trainer.say(f"\n{signal.Signals(number).name}: stopped after step {step} of "
-                             f"{self.trainer.steps} and saved; the same command goes on from there.")
-            sys.exit(128 + number)
-
-
-def opening(trainer):
-    """What a run says first."""
-    t, s = trainer, trainer.settings
-    weights = list(t.policy.parameters())
-    count = sum(weight.numel() for weight in weights)
-    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-    part = f", {trained:,} of them trained" if trained < count else ""
-    return (f"{s.recipe}: {count:,} parameters{part}, {len(t.data):,} rows, "
-            f"{t.steps} steps of {s.batch_size}, {str(t.dtype)[6:]} on {t.ranks.size} × {t.ranks.device}")
-
-
-def resolved(trainer):
-    """The settings with every default filled in, as config.json records them."""
-    t, s, d = trainer, trainer.settings, trainer.data
-    return dataclasses.asdict(s) | dict(
-        steps=t.steps, warmup_steps=t.warmup, dtype=str(t.dtype).removeprefix("torch."),
-        chat=d.limits["chat"].name, max_length=d.max_length, max_tokens=d.max_tokens,
-        max_prompt_length=d.limits["max_prompt_length"],
-        reference=s.reference or s.model, judge=s.judge or s.model)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -686,10 +584,8 @@ def main(settings, trainer=Trainer, world=None):
     settings.check_used()
     if settings.dry_run:
         return memory.dry_run(settings, model.checked_network)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        leave_with(STARTED_BY)
-        if settings.resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-            settings.resume = settings.given["resume"] = "auto"    # what the first try made is good
+    if settings.resume == "never" and cli.environment("TORCHELASTIC_RESTART_COUNT", 0):
+        settings.resume = settings.given["resume"] = "auto"        # what the first try made is good
     if settings.model is not None:
         return trainer(settings).run()
     for name in ("data", "prompts", "eval_data", "reference", "judge", "reward"):

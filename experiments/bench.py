@@ -460,9 +460,23 @@ def peer_sampling(s, folder, device, turns, prompts):
     step_in_turn(turns, lambda _: generate(s.max_tokens, **how))
 
 
+def label(net, judge_prompt, contexts, responses):
+    """Algorithm 1 after sampling, as in train.Trainer.rollout, for P prompts with K responses each.
+
+    Returns P lists of K strengths, P lists of (winner, loser, p), the Verdicts of all.
+    """
+    strengths, pairs, verdicts = [], [], []
+    for judge_pass in judge.ranking_passes(net, judge_prompt, contexts, responses):
+        ranked = judge_pass.rank()
+        pairs += judge_pass.ask([judge.ranked_pairs(one) for one in ranked])
+        strengths += ranked
+        verdicts += judge_pass.verdicts
+    return strengths, pairs, judge.Verdicts.join(verdicts)
+
+
 def our_judging(s, folder, device, turns):
-    """judge.label for K responses of max_tokens tokens to each prompt: the baseline, the ranking, the pairs,
-    both orders; from text to strengths."""
+    """label() for K responses of max_tokens tokens to each prompt: the baseline, the ranking, the pairs, both
+    orders; from text to strengths."""
     net, tokenizer = sample.load_model(folder / "model", s.dtype, device)
     found, _ = rows.read_rows(folder / "pairs.jsonl", "pairs")
     judge_prompt = judge.JudgePrompt(tokenizer, "helpful", net.config.context)
@@ -480,11 +494,11 @@ def our_judging(s, folder, device, turns):
     judge.JudgePass.answer = recorded
     # One by one, so that the peer has a prompt's instructions side by side.
     for context, texts in zip(contexts, responses):
-        judge.label(net, judge_prompt, [context], [texts])
+        label(net, judge_prompt, [context], [texts])
     judge.JudgePass.answer = answer
     turns.say(asked=asked, amount=len(asked),
               check={"P(A)": answers, "tokens": [sum(len(ids) for ids, _ in asked)]})
-    step_in_turn(turns, lambda _: judge.label(net, judge_prompt, contexts, responses))
+    step_in_turn(turns, lambda _: label(net, judge_prompt, contexts, responses))
 
 
 def peer_judging(s, folder, device, turns, asked, logits_to_keep):
@@ -659,7 +673,7 @@ def row_k(s, folder):
     for k in (1, 3, 7, 15):
         responses = [texts[i * k:(i + 1) * k] for i in range(len(prompts))]
         sampling = functools.partial(sampled, net, prompts, k, s.max_tokens)
-        judging = functools.partial(judge.label, net, judge_prompt, contexts, responses)
+        judging = functools.partial(label, net, judge_prompt, contexts, responses)
         lines.append({"K": k, "sampling": timed(sampling, s.rounds), "judging": timed(judging, s.rounds)})
         print(f"K = {k:<40}", *(f"{lines[-1][key]:8.2f} ({lines[-1][key] / lines[0][key]:.2f})"
                                 for key in ("sampling", "judging")), flush=True)

@@ -234,13 +234,13 @@ class RewardTrainer(train.Trainer):
         self.log.tokens += sum(2 * len(pair.x) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
         return values
 
-    def save_final(self):
-        """final/, with the shift and a padding id in its config.json."""
+    def save_final(self, name="final"):
+        """final/ or best/, with the shift and a padding id in its config.json."""
         config = self.policy.config
         extra = {"reward_shift": self.shift(),
                  "pad_token_id": padding_id(self.tokenizer, self.data.limits["chat"], config)}
         self.policy.config = dataclasses.replace(config, source=config.source | extra)
-        super().save_final()
+        super().save_final(name)
 
     @torch.no_grad()
     def shift(self):
@@ -362,7 +362,7 @@ class PPOTrainer(train.Trainer):
         self.estimate(all_of(groups))
         self.describe(all_of(groups))
         self.log.add("prompt_cut", [query.cut for query in prompts])
-        self.out.write_rollouts(step, [
+        self.out.write_lines("rollouts", step + 1, [
             {"prompt": query.row.prompt, "response": one.text, "reward": round(one.score, 6),
              "kl": round(one.kl, 6), "finished": [one.finished, True]}
             for query, group in zip(prompts, groups) for one in group.responses])

@@ -31,10 +31,11 @@ import model
 import sample
 from data import REFINEMENT_PROMPT, chat_of
 from recipes import RECIPES
-from support import cli, disk
+from support import cli, disk, report
 from support.ranks import Ranks
 from support.rows import read_rows
-from support.tokenizer import BYTE_OF, load_tokenizer
+from support.tokenizer import load_tokenizer
+from support.tokenizer_json import BYTE_OF
 
 # ------------------------------------------------------------------------------------------------------------
 # The world
@@ -475,9 +476,9 @@ def judge_report(folder, world):
     return judge.report(verdicts, lengths) | {"true_order": float((said == true)[true != 0].mean())}
 
 
-def stage_lines(out, names, prompts, settings):
+def stage_lines(out, stages, names, prompts, settings):
     """The table's line of each stage: reward, wins, KL and length of its model's samples."""
-    nets, scores, lines = {}, {}, []
+    nets, scores, lines, answers = {}, {}, [], []
 
     def wins(name, other):
         won = ((scores[name] > scores[other]) + 0.5 * (scores[name] == scores[other])).mean(1)
@@ -491,9 +492,21 @@ def stage_lines(out, names, prompts, settings):
         before = names[max(stream - 1, 0)]              # the model this stage started from
         kl = divergence(nets[name], nets[before], tokenizer, prompts, samples)
         length = np.mean([len(one.ids) for group in samples for one in group])
+        answers += [{"stage": name, "place": i, "prompt": prompts[i], "text": text} | truth(prompts[i], text)
+                    for i, text in enumerate(sample.response_text(tokenizer, one) for one, *_ in samples[:8])]
         lines.append(f"{name:<8} {scores[name].mean():8.3f}   {wins(name, before):>15}   "
                      f"{wins(name, 'sft'):>15}   {kl:10.2f}   {length:6.1f}")
+    title = f"From a base model to {settings.recipe}: the embedded world"
+    report.write([out / name for name in stages], title=title, place=out, stages=answers)
     return lines
+
+
+def truth(context, response):
+    """What is known of a response for certain, for the run's page: its reward, and each word's worth."""
+    if context not in PROMPTS:
+        return {}
+    worth = [value / BEST for value in marks(context, response)]
+    return {"reward": reward(context, response), "marks": list(zip(response.split(), worth))}
 
 
 def evaluations(folder, key):
@@ -514,7 +527,7 @@ def results(out, stages, settings):
     text.append(f"true reward: floor -1, ceiling 1, the SFT data {of_data:.3f}; win rates by the true "
                 "reward, ties half, ± 95 %\n")
     text.append("model    reward    wins % over start   wins % over SFT   KL to start   tokens")
-    text += stage_lines(out, names, prompts, s)
+    text += stage_lines(out, stages, names, prompts, s)
     if "judge" in names:
         before, after = (judge_report(out / name / "final", out / "world") for name in ("sft", "judge"))
         text.append(f"\njudge accuracy on 512 held-out noisy pairs: {before['accuracy']:.1%} before "
@@ -543,7 +556,8 @@ def check_world(out, settings):
 
 def main(settings, trainers):
     """The whole path, from texts to the table; trainers: {recipe: (its settings' class, its trainer's)}."""
-    started, out, ranks = time.time(), Path(settings.out_dir), Ranks.start(settings.device)
+    started, out = time.time(), Path(settings.out_dir)
+    ranks = Ranks.start(settings.device, settings.rank_minutes)
     made = check_world(out, settings)
     chain = plan(settings)
     ranks.wait()                                  # all ranks have read world.json
@@ -555,7 +569,9 @@ def main(settings, trainers):
             print("\n" + command_line(stage), flush=True)
         settings_class, trainer_class = trainers[stage["recipe"]]
         last = settings_class(**stage)
-        trainer_class(last).run()
+        trainer = trainer_class(last)
+        trainer.shown.truth = truth
+        trainer.run()
     if ranks.rank == 0:
         place = out / f"result-{settings.recipe}.txt"
         final = out / list(chain)[-1] / "final" / "model.safetensors"
@@ -565,5 +581,6 @@ def main(settings, trainers):
             table = results(out, chain, dataclasses.replace(last, **like_others))
             place.write_text(table + "\n", encoding="utf-8")
         table = place.read_text(encoding="utf-8")
-        print(f"\n{table}\nall of it in {cli.duration(time.time() - started)}")
+        print(f"\n{table}\nall of it in {cli.duration(time.time() - started)}; to look at: "
+              f"{out / 'report.html'}")
     ranks.wait()

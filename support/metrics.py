@@ -3,10 +3,13 @@ import contextlib
 import math
 import time
 
+from support.disk import records
+from support.health import bad_shares
+
 METRICS = ("loss margin refined_margin accuracy augmented_accuracy kl p p_hat chosen_logp rejected_logp "
-           "response_length finished empty identical undecided judge_cut judge_off prompt_cut "
-           "sample_seconds judge_seconds update_seconds").split()
-SHOWN = ("reward loss margin refined_margin accuracy augmented_accuracy p p_hat kl response_length "
+           "response_length finished empty identical undecided judge_cut judge_off judge_a_or_b prompt_cut "
+           "sample_seconds judge_seconds update_seconds win reward").split()
+SHOWN = ("eval_win reward loss margin refined_margin accuracy augmented_accuracy p p_hat kl response_length "
          "eval_reward eval_loss eval_accuracy").split()
 
 
@@ -29,6 +32,13 @@ class Log:
     def add_all(self, values):
         for name, some in values.items():
             self.add(name, some)
+
+    def add_verdicts(self, verdicts):
+        """What the judge's Verdicts say of the judge."""
+        asked = len(verdicts.p)
+        self.add("judge_cut", [verdicts.cut], asked)
+        self.add("judge_off", [verdicts.not_a_or_b], 2 * asked)
+        self.add("judge_a_or_b", [verdicts.a_or_b], 2 * asked)
 
     def value(self, name, number):
         """A figure of this rank; the mean over the ranks is reported."""
@@ -56,8 +66,27 @@ def rounded(record):
 
 
 def summary(metrics):
-    """The few figures of a step that a person watches."""
-    return "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+    """Those of a step's figures that are bad, and the few that a person watches. Where the policy is still
+    the reference no pair has an order: an accuracy of 0 % would say that all are wrong."""
+    unordered = ("accuracy", "augmented_accuracy") if metrics.get("margin") == 0 else ()
+    seen = {name: metrics[name] for name in SHOWN if name in metrics and name not in unordered}
+    return "  ".join(f"{name} {value:.4g}" for name, value in (bad_shares(metrics) | seen).items())
+
+
+def learning_rate(settings, step, steps, warmup):
+    """Linear warm-up, then constant, linear or cosine to 0; step counts from 0."""
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    done = (step - warmup) / max(steps - warmup, 1)
+    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+    return settings.lr * shapes[settings.lr_schedule]
+
+
+def is_best(path, name):
+    """Whether the last evaluation in a metrics.jsonl has the best `name`, a loss or what should be large."""
+    *before, last = [record[name] for _, record in records(path) if name in record]
+    sign = -1 if name.endswith("loss") else 1
+    return last is not None and all(sign * last > sign * value for value in before if value is not None)
 
 
 def shown(step, context, texts, strengths, pairs):

@@ -106,22 +106,35 @@ def sentencepiece_model(vocab_size):
     return trained.getvalue()
 
 
+def spaced_tokenizer(content, prefix=True, bos=True, first_merges=()):
+    """A tokenizer.model's bytes as a tokenizer of `tokenizers`, as transformers 4 converted Llama's.
+
+    prefix: it puts a word-start before a text; bos: and its first token; first_merges: pairs that merge
+    before all others, into tokens after the others.
+    """
+    source = sentencepiece.SentencePieceProcessor(model_proto=content)
+    vocab = {source.id_to_piece(id): id for id in range(source.vocab_size())}
+    special = [piece for piece, id in vocab.items() if source.is_control(id) or source.is_unknown(id)]
+    merges = [*first_merges, *((piece[:i], piece[i:]) for piece in vocab for i in range(1, len(piece))
+                               if piece[:i] in vocab and piece[i:] in vocab and not piece.startswith("<"))]
+    vocab |= {"".join(pair): len(vocab) + n for n, pair in enumerate(first_merges)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=special[0], fuse_unk=True,
+                                                byte_fallback=True))
+    tokenizer.add_special_tokens(special)
+    replace = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    name = source.id_to_piece(source.bos_id())
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{name} $A" if bos else "$A", special_tokens=[(name, source.bos_id())])
+    return tokenizer
+
+
 @functools.cache
 def sentencepiece_json(vocab_size):
     """The same tokenizer as a tokenizer.json: without protobuf transformers cannot read the other file."""
-    source = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(vocab_size))
-    vocab = {source.id_to_piece(id): id for id in range(source.vocab_size())}
-    merges = [(piece[:i], piece[i:]) for piece in vocab for i in range(1, len(piece))
-              if piece[:i] in vocab and piece[i:] in vocab and not piece.startswith("<")]
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True,
-                                                byte_fallback=True))
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
-                                           decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
-    return tokenizer.to_str()
+    return spaced_tokenizer(sentencepiece_model(vocab_size)).to_str()
 
 
 @functools.cache
@@ -155,15 +168,19 @@ def write_tokenizer(path, family="llama", vocab_size=420):
 def net(family="llama", seed=0, dtype=torch.float64, scale=1.0, vocab_size=64, **changes):
     """A network with every parameter random, norms and biases too; scale 1 makes predictions sharp."""
     config = dict(FAMILIES[family], vocab_size=vocab_size, **changes)
-    network = model.Transformer(model.parse_config(config)).to(dtype)
+    return randomise(model.Transformer(model.parse_config(config)).to(dtype), seed, scale)
+
+
+@torch.no_grad()
+def randomise(network, seed=0, scale=1.0):
+    """The network, of whatever library, with every parameter random -> the network."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in network.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(dtype)
-            if weight.dim() == 1:
-                weight.copy_(0.3 * scale * noise + name.endswith("weight"))
-            else:
-                weight.copy_(scale * (noise if "embed" in name else 1.5 * noise / weight.shape[1] ** 0.5))
+    for name, weight in network.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.dtype)
+        if weight.dim() == 1:
+            weight.copy_(0.3 * scale * noise + name.endswith("weight"))
+        else:
+            weight.copy_(scale * (noise if "embed" in name else 1.5 * noise / weight.shape[1] ** 0.5))
     return network
 
 
@@ -194,7 +211,7 @@ def settings(world, out, **changes):
     `world` has a model folder `model` and a file pairs.jsonl."""
     return {"model": str(world / "model"), "data": [str(world / "pairs.jsonl")], "out_dir": str(out),
             "steps": 3, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0, "max_length": 96, "max_tokens": 12,
-            "k": 4, "dtype": "float64", "device": "cpu", **changes}
+            "k": 4, "dtype": "float64", "device": "cpu", "judge_anyway": True, "show_prompts": 0, **changes}
 
 
 def typed(given):
@@ -329,5 +346,5 @@ def small_world(monkeypatch, steps):
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
     monkeypatch.setattr(toy, "SHAPE", toy.SHAPE | small)
     for stage in toy.STAGES.values():
-        monkeypatch.setitem(stage, "steps", steps)
-        monkeypatch.setitem(stage, "batch_size", 8)
+        for name, value in (("steps", steps), ("batch_size", 8), ("warmup_steps", 0)):
+            monkeypatch.setitem(stage, name, value)

@@ -34,6 +34,8 @@ class FakeTokenizer:
         self.words = ["<unk>", "<s>", "</s>", *special]
         self.special_ids = {token: i for i, token in enumerate(self.words)}
         self.ids, self.bos, self.word_start = {}, bos, word_start
+        self.adds_bos, self.later_starts = bos, word_start
+        self.special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
 
     def encode_after(self, text):
         ids = []
@@ -172,7 +174,7 @@ def test_which_format_a_run_has():
                          ("template", tokenizer)):
         with pytest.raises(InputError, match=f"--chat={name}"):
             data.chat_of(broken, name)
-    tokenizer.chat_template = ChatTemplate("{{ messages[0].content }}", {})
+    tokenizer.chat_template = ChatTemplate("{% for one in messages %}{{ one.content }}{% endfor %}", {})
     assert data.chat_of(tokenizer, None).name == "template" and data.chat_of(tokenizer, "hh").name == "hh"
 
 
@@ -221,11 +223,13 @@ def test_too_long_a_dialogue_loses_its_oldest_turns_then_the_front_of_its_last_t
 def test_a_template_that_refuses_makes_the_row_unusable():
     tokenizer = templated()
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
-    tokenizer.chat_template = ChatTemplate(refuses + "{{ messages[0].content }}", {})
+    turns = "{% for one in messages %}{% if one.role != 'tool' %}{{ one.content }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = ChatTemplate(refuses + turns, {})
     rows = [Row([system("Be kind."), user("Hi")], "yes", "no", None, "f:1"),
-            Row([user("Hi")], "yes", "no", None, "f:2")]
+            Row([user("Hi")], "yes", "no", None, "f:2"),
+            Row([user("Hi"), {"role": "tool", "content": "7"}], "yes", "no", None, "f:3")]
     pairs, report = encode_dataset(tokenizer, rows, None, 100, 50)
-    assert len(pairs) == 1 and "no system turn" in str(report)
+    assert len(pairs) == 1 and "no system turn" in str(report) and "leaves out a turn (tool" in str(report)
 
 
 def test_trailing_spaces_of_a_plain_prompt_belong_to_the_response():

@@ -16,6 +16,7 @@ import driver
 import judge
 import losses
 import model
+import recipes
 import tiny
 import train
 from recipes import PAPER_1, PAPER_2, RECIPES, Recipe, Settings
@@ -167,14 +168,14 @@ def test_a_system_of_ones_own(world, tmp_path, monkeypatch):
 
 METHOD = dict(beta=0.7, reference="r", reference_cache="c", lam=0.7, refinement_prompt="q", k=3,
               delta_scale="exact", temperature=0.5, top_p=0.5, max_tokens=9, prompts=["p"], judge="j",
-              judge_task="summary", candidates=99, rso_beta=0.5, iterations=1)
+              judge_task="summary", candidates=99, rso_beta=0.5, iterations=1, score_temperature=2.0)
 FIXED, JUDGED = "beta reference reference_cache", "judge judge_task"
 SAMPLED = "k temperature top_p max_tokens prompts"
 OSP = f"{SAMPLED} {JUDGED} beta reference"
 ONLINE = "osp osp-dpo osp-ipo random-pairs self-rewarding sft-sampling".split()
 READS = dict.fromkeys(ONLINE, OSP) | {
     "sft": "", "judge": "judge_task", "dpo": FIXED, "ipo": FIXED, "sr-dpo": f"{FIXED} lam refinement_prompt",
-    "sr-ipo": f"{FIXED} lam refinement_prompt delta_scale", "offline-soft": f"{FIXED} {JUDGED}",
+    "sr-ipo": f"{FIXED} lam refinement_prompt delta_scale", "offline-soft": f"{FIXED} {JUDGED} score_temperature",
     "raft": f"{SAMPLED} {JUDGED}", "spin": f"{SAMPLED} beta reference iterations",
     "rso": f"{OSP} candidates rso_beta", "sr-spce": f"{OSP} lam refinement_prompt"}
 
@@ -241,7 +242,7 @@ def test_random_pairs_are_disjoint_and_uniform():
 
     def draw(strengths, seed=0, **changes):
         given = Settings(recipe="random-pairs", seed=seed, **changes)
-        return {(step, place): train.paired(given, step, place, strengths)
+        return {(step, place): recipes.paired(given, step, place, strengths)
                 for step in range(60) for place in range(50)}
     drawn = draw([0.1, 0.2, 0.3, 0.4])
     ways = collections.Counter(frozenset(map(frozenset, pairs)) for pairs in drawn.values())
@@ -365,7 +366,7 @@ def test_rso_pairs_keep_the_candidates_numbers():
     strengths = [0.1, 0.8, 0.3, 0.9, 0.2, 0.7, 0.6, 0.4]
     for beta, pairs in ((1e-9, [(3, 6), (1, 5)]), (1e9, [(3, 0), (1, 2)])):
         given = Settings(recipe="rso", k=4, candidates=8, rso_beta=beta)
-        assert train.paired(given, 0, 0, strengths) == pairs
+        assert recipes.paired(given, 0, 0, strengths) == pairs
 
 
 def test_rso_accepts_some_of_the_references_samples(world, tmp_path):

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import data
 import model
 import sample
 import tiny
 import train
-from support import cli
+from support import cli, loop
 from support.checkpoint import OutDir
 from support.cli import InputError
 from support.ranks import StopSignal
@@ -31,13 +32,14 @@ def world(tmp_path_factory):
     tiny.folder(path / "sharp", scale=1.0)
     tiny.folder(path / "neox", "neox")
     tiny.write_jsonl(path / "pairs.jsonl", tiny.pairs(13, seed=1))
+    tiny.write_jsonl(path / "blank.jsonl", [{"prompt": "What?"}])
     return path
 
 
 @pytest.fixture
 def all_digits(monkeypatch):
     """metrics.jsonl as it was computed."""
-    monkeypatch.setattr(train, "rounded", lambda record: record)
+    monkeypatch.setattr(loop, "rounded", lambda record: record)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -325,7 +327,7 @@ def test_an_evaluation_has_a_line_of_its_own(world, tmp_path, monkeypatch):
     assert all(name.startswith("eval_") for name in evaluated.keys() - {"step"})
     assert {"eval_loss", "eval_margin", "eval_augmented_accuracy"} < evaluated.keys()
     assert evaluated["eval_chosen_logp"] == pytest.approx(step["chosen_logp"], rel=1e-6)
-    assert train.rounded(last)["eval_loss"] == end["eval_loss"] and {"loss", "grad_norm"} < last.keys()
+    assert loop.rounded(last)["eval_loss"] == end["eval_loss"] and {"loss", "grad_norm"} < last.keys()
 
 
 def test_fixed_pairs_have_no_sampled_kl(world, tmp_path):
@@ -337,6 +339,42 @@ def test_fixed_pairs_have_no_sampled_kl(world, tmp_path):
         assert row["kl"] != 0 and row["eval_p"] == 1
         assert {"eval_loss", "eval_margin", "eval_accuracy", "eval_p_hat"} < row.keys()
         assert not {"eval_kl", "eval_response_length", "eval_finished"} & row.keys()
+
+
+def test_the_best_evaluation_is_kept(world, tmp_path, monkeypatch):
+    """best/ is what the run was after the step whose figure is the best; final/ is the last. A run that is
+    stopped and goes on knows what it had before."""
+    changes = dict(recipe="dpo", eval_data=[str(world / "pairs.jsonl")], eval_every=1, save_every=1, keep=9,
+                   keep_best="eval_accuracy", lr=3e-2, steps=6, optimizer="adam", dtype="float32")
+    tiny.run(world, tmp_path / "whole", **changes)
+    with tiny.stopped_before(4, monkeypatch):
+        tiny.run(world, tmp_path / "parts", **changes)
+    tiny.run(world, tmp_path / "parts", **changes)
+    figures = [row["eval_accuracy"] for row in tiny.metrics(tmp_path / "whole")]
+    first = figures.index(max(figures)) + 1
+    assert first < 6
+    tiny.run(world, tmp_path / "short", **changes | dict(steps=first))
+    for name in ("whole", "parts"):
+        kept = load_file(tmp_path / name / "best/model.safetensors")
+        tiny.assert_close(kept, tiny.final(tmp_path / "short"), 0)
+    tiny.assert_same_run(tmp_path / "whole", tmp_path / "parts", 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Health
+
+def test_a_run_under_a_judge_that_cannot_judge_stops_and_is_saved(world, tmp_path):
+    """Random weights give A and B nothing. Five steps in a row end the run; --judge_anyway goes on from
+    there, to the same bits. A run of five steps is over anyway."""
+    changes = dict(recipe="osp", steps=6, k=2, max_tokens=4)
+    with pytest.raises(InputError, match="step 5: the judge gives A and B .* --judge_anyway"):
+        tiny.run(world, tmp_path / "parts", **changes, judge_anyway=False)
+    assert tiny.last_checkpoint(tmp_path / "parts")[0] == 5 and not (tmp_path / "parts/final").exists()
+    for name in ("parts", "whole"):
+        rows = tiny.run(world, tmp_path / name, **changes)
+        assert [row["judge_off"] for row in rows] == [1.0] * 6 and 0 < rows[0]["judge_a_or_b"] < 0.5
+    tiny.assert_same_run(tmp_path / "whole", tmp_path / "parts", 0)
+    tiny.run(world, tmp_path / "short", **changes | dict(steps=5, judge_anyway=False))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -363,6 +401,12 @@ BAD = [
     (FILES + " --recipe=dpo --judge_task=helpful", ["--judge_task would change nothing"]),     # the default
     (FILES + " --prompts=p.jsonl", ["--data would change nothing", "--prompts"]),
     (FILES + " --judge={world}/neox", ["neox and", "different tokenizers"]),
+    (FILES + " --reference={world}", ["config.json is missing"]),
+    (FILES + " --recipe=dpo --eval_data={world}/none.jsonl", ["none.jsonl: cannot be read"]),
+    (FILES + " --recipe=dpo --eval_data={world}/blank.jsonl", ["blank.jsonl: no row can be used for pairs"]),
+    (FILES + " --recipe=dpo --eval_every=2", ["--eval_every would change nothing", "--eval_data"]),
+    (FILES + " --recipe=dpo --keep_best=eval_loss", ["--keep_best=eval_loss: needs --eval_every"]),
+    (FILES + " --recipe=sft --eval_every=2 --keep_best=eval_accuracy", ["here is only eval_loss"]),
     # A forgotten --model is no wish for the toy world.
     *((f"--{name}=x", [f"--{name} needs a model: --model="])
       for name in ("data", "prompts", "eval_data", "reference", "judge")),
@@ -371,7 +415,8 @@ BAD = [
 
 @pytest.mark.parametrize("arguments, words", BAD)
 def test_bad_settings_get_one_sentence(arguments, words, world, tmp_path, monkeypatch, capsys):
-    """One line on stderr that names what is wrong, exit status 1, nothing written."""
+    """One line on stderr that names what is wrong, exit status 1, nothing written, no weights read."""
+    monkeypatch.setattr(model, "load", None)
     arguments = arguments.format(world=world).split()
     code, _, error = tiny.command(train, capsys, monkeypatch, *arguments, f"--out_dir={tmp_path / 'out'}")
     assert code == 1 and error.startswith("error: ") and error.count("\n") == 1
