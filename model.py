@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from forest import ForestAttention, rows
 from support import hf
-from support.cli import InputError
+from support.cli import InputError, write_json
 from support.families import ACTIVATIONS, FAMILIES, parse_config, read_config, with_reward_head  # noqa: F401
 
 # -----------------------------------------------------------------------------------------------------------
@@ -258,7 +258,8 @@ def without_adapters(net):
 
 
 def merged(net, whole=lambda tensor: tensor):
-    """Yield (name, tensor), the adapters inside: W + scale · B A. whole(parameter) gathers a sharded one."""
+    """Yield (name, tensor), the adapters inside: W + scale · B A, in their type. whole(parameter) gathers a
+    sharded one."""
     layers = dict(adapted(net))
     for name, weight in net.named_parameters():
         layer, kind = layers.get(name.rpartition(".")[0]), name.rpartition(".")[2]
@@ -267,7 +268,7 @@ def merged(net, whole=lambda tensor: tensor):
         weight = whole(weight.detach())
         if kind == "weight" and layer is not None and layer.scale:
             a, b = (whole(part.detach()) for part in (layer.lora_a, layer.lora_b))
-            weight = (weight.to(a.dtype) + layer.scale * b @ a).to(weight.dtype)
+            weight = weight.to(a.dtype) + layer.scale * b @ a
         yield name, weight
 
 
@@ -378,11 +379,15 @@ def save(net, folder):
     save_weights(net.config, merged(net), folder)      # a tied head is listed once, as the embedding
 
 
-def save_weights(config, weights, folder):
-    """The same from (our name, whole tensor) one by one: memory holds no more than one file's tensors."""
-    dtype = hf.write_weights(((file_name(config, name), weight) for name, weight in weights), Path(folder))
+def save_weights(config, weights, folder, rounding=iter):
+    """The same from (our name, whole tensor) one by one: memory holds no more than one file's tensors.
+
+    rounding: an hf.Rounding, which gives them the types of the folder where training began.
+    """
+    named = ((file_name(config, name), weight) for name, weight in weights)
+    dtype = hf.write_weights(rounding(named), Path(folder))
     source = {key: value for key, value in config.source.items() if key != "dtype"}
-    hf.write_json(Path(folder) / "config.json", source | {"torch_dtype": str(dtype).removeprefix("torch.")})
+    write_json(Path(folder) / "config.json", source | {"torch_dtype": str(dtype).removeprefix("torch.")})
 
 
 def save_adapters(net, weights, base, folder):

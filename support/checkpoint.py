@@ -1,20 +1,26 @@
 """What a run keeps on disk, so that whatever happens to it, nothing older than the last save is lost.
 
     out_dir/config.json          the resolved settings, digests of what was read, versions, commit
+    out_dir/log.txt              what the run has printed
     out_dir/metrics.jsonl        a line per step; after it one of the step's evaluation, if there was one
     out_dir/rollouts.jsonl       online: each judged pair as a data row; one file per rank
     out_dir/checkpoint/step-N/   sharded safetensors (torch.distributed.checkpoint) and state.json
     out_dir/final/               a Hugging Face folder
+    out_dir/best/                with --keep_best: the same, of the step with the best evaluation so far
     out_dir/adapter/             with --lora_rank: what was trained of it, as PEFT loads it
 
 The rule: write aside, sync, rename. Each place holds the old file or the new one, never half of one.
 A checkpoint counts when its state.json does: it is written last and lists all other files with their
-sizes. Lines are added in place; those of steps after the last save are dropped and made again. There is
-no pickle. Random numbers need no state: every draw is a pure function of (seed, step, row).
+sizes and checksums. Lines are added in place; those of steps after the last save are dropped and made again.
+What is not finite is not saved. There is no pickle. Random numbers need no state: every draw is a pure
+function of (seed, step, row).
 """
 import contextlib
 import dataclasses
+import datetime
+import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -42,7 +48,8 @@ VERSIONS = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy
 START = {"step": 0, "skipped": 0, "consecutive_skips": 0}
 # Settings that may change without changing what is computed, but for rounding.
 FREE = set("out_dir resume keep save_every save_minutes sample_every eval_every device micro_batch_size "
-           "reference_cache checkpoint_activations replicas dry_run device_memory inputs".split())
+           "reference_cache checkpoint_activations replicas dry_run device_memory inputs "
+           "judge_anyway keep_best save_dtype started".split())
 # One process needs no process group.
 warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
 
@@ -55,14 +62,22 @@ class OutDir:
         self.lock_file = None
         self.refuse_inputs()
         self.before = self.recorded()
+        kept = self.before if settings.resume != "never" else None
+        now = datetime.datetime.now().isoformat(timespec="seconds")
+        self.started = ranks.from_first((kept or {}).get("started") or now)     # a resumed run keeps its own
 
     def refuse_inputs(self):
         """out_dir is written to and partly cleared, so nothing that the run reads may lie there."""
-        s, out = self.settings, self.path.resolve()
-        files = [Path(split_weight(spec)[0]).resolve() for spec in s.files()]
-        models = [Path(folder).resolve() for folder in s.folders()]
-        cache = [Path(s.reference_cache).resolve()] if s.reference_cache else []
-        cleared = {out / name for name in ("final", "adapter", "checkpoint")}
+        def real(path):                          # Path.resolve() fails on links in a circle
+            return Path(os.path.realpath(path))
+        s, out = self.settings, real(self.path)
+        files = [real(split_weight(spec)[0]) for spec in s.files()]
+        for path in files:                       # before others are read for minutes
+            if not path.exists():
+                raise InputError(f"{path}: cannot be read: No such file or directory.")
+        models = [real(folder) for folder in s.folders()]
+        cache = [real(s.reference_cache)] if s.reference_cache else []
+        cleared = {out / name for name in ("final", "best", "adapter", "checkpoint")}
         for path in (*files, *models, *cache):
             if path in models and out.is_relative_to(path):
                 raise InputError(f"--out_dir={self.path} lies in the model folder {path}; name another.")
@@ -95,16 +110,14 @@ class OutDir:
             if self.lock_file is None or self.lock_file.closed:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.lock_file = stack.enter_context(open(self.path / ".lock", "w"))
-        except OSError as error:
-            raise self.unwritable(error) from None
-        try:
             if fcntl is not None:
                 fcntl.flock(self.lock_file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"another run is writing to --out_dir={self.path}; wait for it, or name "
                              f"another.") from None
-        except OSError:              # a file system without locks
-            pass
+        except OSError as error:
+            if self.lock_file is None or self.lock_file.closed:
+                raise self.unwritable(error) from None             # else a file system without locks
 
     # -- where to go on -------------------------------------------------------------------------------
 
@@ -120,9 +133,9 @@ class OutDir:
             self.refuse_changes()
             if self.ranks.on_first(lambda: self.is_finished(steps)):
                 return None
-            newest = self.ranks.on_first(self.newest_sound)
+            newest, sound = self.newest_sound()
             if newest:
-                state = self.load(newest, tensors)
+                state = self.load(newest, sound, tensors)
                 if state["step"] > steps:
                     raise InputError(f"{self.path} has come to step {state['step']} already, after "
                                      f"--steps={steps}; use another --out_dir or --resume=never.")
@@ -156,22 +169,22 @@ class OutDir:
         return (self.path / "final").exists() and last["step"] == steps
 
     def newest_sound(self):
-        """The newest checkpoint whose files are what its state.json lists, or None; prints which ones are
-        damaged. Where all are, that is an error: starting over would remove them."""
-        damage = []
-        for folder in reversed(self.checkpoints()):
+        """The newest checkpoint whose files are what its state.json lists, and its state, or (None, None);
+        prints which ones are damaged. Where all are, that is an error: starting over would remove them."""
+        damage, part = [], slice(self.ranks.rank, None, self.ranks.size)
+        for folder in self.ranks.on_first(self.checkpoints)[::-1]:
             try:
-                read_state(folder)
-                return folder
+                return folder, self.ranks.on_all(functools.partial(read_state, folder, part))
             except InputError as error:
-                print(f"note: {error}", flush=True)
+                if self.ranks.rank == 0:
+                    print(f"note: {error}", flush=True)
                 damage.append(error)
         for error in damage:
             raise error
+        return None, None
 
-    def load(self, folder, tensors):
+    def load(self, folder, state, tensors):
         """Read a checkpoint into tensors(state) in place, on any number of ranks; returns its state."""
-        state = read_state(folder)
         tensors = tensors(state)
         try:
             reader = dcp.HuggingFaceStorageReader(str(folder))
@@ -188,7 +201,7 @@ class OutDir:
         """Keep what was made up to this step, write config.json, remove what a killed run left half done."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in ("final", "adapter") if step else ("final", "adapter", "checkpoint"):
+            for name in ("final", "adapter") if step else ("final", "adapter", "best", "checkpoint"):
                 disk.discard(self.path / name)
             for path in self.checkpoints():
                 if number(path) > step:          # damaged: it must not count as one that is kept
@@ -196,12 +209,15 @@ class OutDir:
             self.drop_old()                      # a run killed just before it did so at its end saves no more
             for folder in (self.path, self.path / "checkpoint"):
                 for left in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                    disk.remove(left)
             config = json.dumps({"settings": self.record, "versions": VERSIONS, "commit": commit(),
+                                 "command": " ".join(sys.argv), "given": self.settings.given,
                                  "ranks": self.ranks.size}, indent=2, ensure_ascii=False)
             disk.write_file(self.path / "config.json", config + "\n")
             for lines in line_files(self.path):
                 disk.keep_records(lines, step)
+            if isinstance(sys.stdout, cli.Stdout):
+                sys.stdout.log_to(self.path / "log.txt")
         except OSError as error:
             raise self.unwritable(error) from None
 
@@ -215,23 +231,30 @@ class OutDir:
         except OSError as error:
             raise self.unwritable(error, self.path / name) from None
 
-    def write_rollouts(self, step, rows):
-        """Rollouts as data rows, one file per rank, so that the run can be replayed offline."""
-        name = f"rollouts.{self.ranks.rank}.jsonl" if self.ranks.rank else "rollouts.jsonl"
-        self.ranks.on_all(lambda: self.append(name, [row | {"step": step + 1} for row in rows]))
+    def write_lines(self, name, step, rows):
+        """Rows of a step in files of lines, one file per rank: rollouts (data rows, so that the run can be
+        replayed offline) or answers."""
+        name = f"{name}.{self.ranks.rank}.jsonl" if self.ranks.rank else f"{name}.jsonl"
+        self.ranks.on_all(lambda: self.append(name, [row | {"step": step} for row in rows]))
 
     def save(self, tensors, state):
         """checkpoint/step-N: {name: tensor}, sharded or whole, and `state`, JSON with the "step"."""
-        with self.written_aside(self.path / "checkpoint" / f"step-{state['step']}") as aside:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        with (self.written_aside(self.path / "checkpoint" / f"step-{state['step']}") as aside,
+              cli.watched(aside, size, "saving")):
             writer = dcp.HuggingFaceStorageWriter(
                 str(aside), save_distributed=True, fqn_to_index_mapping=in_files(tensors, self.ranks.size))
+            self.ranks.on_all(lambda: list(finite(tensors.items())))
             dcp.save(tensors, storage_writer=writer, no_dist=self.ranks.size == 1)
-            self.ranks.on_first(lambda: self.write_state(aside, state))
+            own = self.ranks.on_all(lambda: {file.name: disk.checksum(file) for file in sorted(
+                aside.iterdir())[self.ranks.rank::self.ranks.size]})
+            parts = self.ranks.gather(own)
+            self.ranks.on_first(lambda: self.write_state(aside, state, parts))
 
-    def write_state(self, folder, state):
+    def write_state(self, folder, state, parts):
         for lines in line_files(self.path):      # a resumed run counts on the lines up to here
             disk.sync(lines)
-        files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        files = {name: sums for part in parts for name, sums in part.items()}
         content = state | {"ranks": self.ranks.size, "settings": self.record, "files": files}
         (folder / "state.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
@@ -244,7 +267,7 @@ class OutDir:
         def work():
             try:
                 if self.ranks.rank == 0:
-                    write(aside, weights)
+                    write(aside, finite(weights))
             except disk.WRITE_ERRORS as error:
                 raise OSError(reason(error)) from None
             finally:
@@ -289,20 +312,32 @@ class OutDir:
 
 
 def line_files(out):
-    return [*out.glob("metrics.jsonl"), *out.glob("rollouts*.jsonl")]
+    names = "metrics", "rollouts*", "groups", "answers*"
+    return [path for name in names for path in out.glob(f"{name}.jsonl")]
 
 
-def read_state(folder):
-    """A checkpoint's state.json, once all files that it lists are found whole: torch reads a missing rank's
-    file as zeros, in silence."""
+def finite(tensors):
+    """Yield (name, tensor); OSError for one of which this rank's part is not finite: that is never saved."""
+    for name, tensor in tensors:
+        own = getattr(tensor, "to_local", tensor.detach)().detach()
+        if own.numel() and not all(map(math.isfinite, own.aminmax())):           # NaN is both
+            raise OSError(f"{name} is not finite (a lower --lr or --grad_clip may help)")
+        yield name, tensor
+
+
+def read_state(folder, part=slice(None)):
+    """A checkpoint's state.json, once the files that it lists, or a part of them, are what was written: torch
+    reads a missing rank's file as zeros, in silence."""
     state = START | cli.read_json(folder / "state.json")
-    sound = isinstance(state.get("files"), dict) and all(type(state[name]) is int for name in START)
-    if not sound or state["step"] < 1:
+    files = state.get("files")
+    sound = files and isinstance(files, dict) and all(type(state[name]) is int for name in START)
+    if not sound or state["step"] != number(folder):
         raise InputError(f"{folder / 'state.json'} does not say what the checkpoint holds; {remedy(folder)}.")
-    for name, size in state["files"].items():
+    for name in sorted(files)[part]:
         path = folder / os.path.basename(name)
-        if not path.exists() or path.stat().st_size != size:
-            raise InputError(f"{path} is missing or incomplete; {remedy(folder)}.")
+        found = path.is_file() and disk.checksum(path)
+        if not found or files[name] not in (found, found[0]):          # 0.1 wrote sizes alone
+            raise InputError(f"{path} is missing, incomplete or damaged; {remedy(folder)}.")
     return state
 
 

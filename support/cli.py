@@ -8,6 +8,8 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import errno
+import functools
 import inspect
 import json
 import math
@@ -15,8 +17,12 @@ import operator
 import os
 import re
 import shutil
+import signal
 import sys
+import tempfile
+import threading
 import time
+import traceback
 import types
 import typing
 from pathlib import Path
@@ -24,7 +30,11 @@ from pathlib import Path
 
 class InputError(ValueError):
     """Something the user gave us cannot be used. The message is one sentence with the file, key or line."""
-    urgent = False           # whether each rank says it at once, though it may not be the first
+
+    def __init__(self, message, urgent=False):
+        """urgent: each rank says it at once, though it may not be the first."""
+        super().__init__(message)
+        self.urgent = urgent
 
 
 def read_json(path, absent=None):
@@ -42,6 +52,16 @@ def read_json(path, absent=None):
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object.")
     return value
+
+
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@functools.cache
+def note(text):
+    """Say it on stderr, once however often a file is read."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -168,9 +188,12 @@ def parse(cls, arguments):
     key, one that is given twice, a value of the wrong type.
     """
     if "-h" in arguments or "--help" in arguments:
-        print(help_text(cls))
+        print(help_text(cls), flush=True)
         sys.exit(0)
     fields, given, words = described(cls), {}, list(arguments)
+    for word in words:
+        if re.search("[\ud800-\udfff]", word):       # as Python reads bytes that are no UTF-8
+            raise InputError(f"the argument {word!r} is not UTF-8.")
     while words:
         word = words.pop(0)
         match = re.fullmatch(r"--([A-Za-z_][\w-]*)(=.*)?", word, re.DOTALL)
@@ -205,23 +228,147 @@ def keep_freed_memory():
         libc.mallopt(-1, (1 << 31) - 1)        # M_TRIM_THRESHOLD
 
 
-def run(main, cls):
-    """The body of every script: parse the settings, call main(settings); bad input is one line and exit 1."""
-    for stream in (sys.stdout, sys.stderr):
+def environment(name, default, least=0):
+    """A whole number that torchrun has set, or who stands in for it."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise InputError(f"the environment has {name}={text}: must be a whole number, at least {least}.")
+    return int(text)
+
+
+class Stdout:
+    """What is printed. A training does not depend on it: where nobody reads it (a reader that left, a full
+    disk) the run goes on, and its log.txt has all of it. Another command ends then."""
+
+    def __init__(self, stream, is_training):
+        self.stream, self.is_training, self.log, self.lines, self.line = stream, is_training, None, [], ""
+        if sys.__stdout__ is None:
+            self.note("note: standard output is closed; all that is said is here.")
+
+    def __getattr__(self, name):                   # isatty, fileno, encoding, …
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.keep(text)
+        self.pass_on(self.stream.write, text)
+
+    def flush(self):
+        self.pass_on(self.stream.flush)
+
+    def pass_on(self, work, *given):
+        try:
+            work(*given)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.is_training:
+                self.note(f"note: standard output cannot be written ({error.strerror}); the run goes on, and "
+                          f"all that it says is here.")
+            elif isinstance(error, BrokenPipeError):    # `sample.py … | head`: nothing is wrong
+                sys.exit(0)
+            else:
+                raise InputError(f"standard output cannot be written: {error.strerror}.") from None
+
+    def keep(self, text):
+        """Add to the log what a terminal would still show: lines, without what was written over in them."""
+        *lines, self.line = (self.line + text).split("\n")
+        self.note(*(line.rpartition("\r")[2].rstrip() for line in lines))
+
+    def note(self, *lines):
+        """Add lines to the log alone, or to what it will get."""
+        if self.is_training:
+            self.lines += [line + "\n" for line in lines]
+        if self.log and self.lines:
+            with contextlib.suppress(OSError), open(self.log, "ab") as file:
+                file.write("".join(self.lines).encode(errors="replace"))
+                self.lines = []
+
+    def log_to(self, path):
+        """Add what is printed, and what was, to that file too."""
+        self.log = path
+        self.note()
+
+
+def fail(sentence, status=1):
+    """Leave with one sentence: on stderr, in the run's log, in torchrun's report (as torch's @record does,
+    but without a traceback)."""
+    if isinstance(sys.stdout, Stdout) and sys.stdout.is_training:
+        if sys.stdout.line:
+            print(flush=True)                      # a terminal's step line has no end yet
+        sys.stdout.note(f"error: {sentence}")
+    with contextlib.suppress(OSError):             # stderr may be closed or full too
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, KeyError):
+        more = {"py_callstack": f"{sentence}", "timestamp": f"{int(time.time())}"}
+        report = json.dumps({"message": {"message": f"{sentence}", "extraInfo": more}})
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(report)
+    sys.exit(status)
+
+
+SIZES = "k candidates batch_size micro_batch_size max_length max_tokens lora_rank".split()   # ask for memory
+
+
+def no_memory(error, settings):
+    """For memory that could not be had: who asked for how much and what to lower. Else None."""
+    said = str(error)
+    if not (isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+            or re.search("allocate memory|out of memory", said)):
+        return None
+    root = Path(__file__).parents[1]
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__)
+            if root in Path(frame.filename).parents and "site-packages" not in frame.filename]
+    asked = re.search(r"allocate ([\d.]+ \w+)", said)
+    place = Path(ours[-1].filename)
+    sizes = [f"--{name}={value}" for name in SIZES if (value := getattr(settings, name, None))
+             and place.parent != root / "support"]               # there, files are read
+    return (f"no memory: {ours[-1].name} in {place.name} asked for {asked[1] if asked else 'more'}, which "
+            f"is not there; lower {' or '.join(sizes) or 'the size of what is read'}.")
+
+
+def unforeseen(error):
+    """For an error that nobody foresaw: where its traceback is. OSPREY_TRACEBACK=1 prints it. What the system
+    says of a file is clear enough."""
+    text, place = "".join(traceback.format_exception(error)), None
+    if not os.environ.get("OSPREY_TRACEBACK"):
+        if isinstance(error, OSError) and error.filename:
+            return f"{os.fsdecode(error.filename)}: {error.strerror}."
+        with (contextlib.suppress(OSError), tempfile.NamedTemporaryFile(
+                "w", prefix="osprey-", suffix=".txt", delete=False, errors="replace") as file):
+            file.write(text)
+            place = f"in {file.name}"
+    if place is None:
+        print(text, file=sys.stderr)
+    first = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
+    return f"{type(error).__name__}: {first}; this was not foreseen, its traceback is {place or 'above'}."
+
+
+def end_with(error, settings=None):
+    """Leave because of an error, whatever it is, with a sentence."""
+    if isinstance(error, KeyboardInterrupt):
+        fail("stopped at once by Ctrl-C.", 128 + signal.SIGINT)
+    # Mostly all ranks meet the same error: let the first say it.
+    if isinstance(error, InputError) and not error.urgent and os.environ.get("RANK", "0") != "0":
+        time.sleep(2)
+    fail(error if isinstance(error, InputError) else no_memory(error, settings) or unforeseen(error))
+
+
+def run(main, cls, is_training=False):
+    """The body of every script: parse the settings, call main(settings). What goes wrong is one sentence, and
+    exit status 1."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))
+        stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):        # a terminal that is not UTF-8 shows ? for what it lacks
             stream.reconfigure(errors="replace")
     keep_freed_memory()
-    try:
-        return main(parse(cls, sys.argv[1:]))
-    except InputError as error:
-        # Mostly all ranks meet the same error: let the first say it.
-        if int(os.environ.get("RANK", "0")) and not error.urgent:
-            time.sleep(2)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except BrokenPipeError:                 # `sample.py … | head`: the reader has left, nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    settings = None
+    with contextlib.redirect_stdout(Stdout(sys.stdout, is_training)):
+        try:
+            settings = parse(cls, sys.argv[1:])
+            main(settings)
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as error:
+            end_with(error, settings)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -235,9 +382,11 @@ def duration(seconds):
 class StepLine:
     """Progress of long work: rewritten in place on a terminal, printed now and then elsewhere."""
 
-    def __init__(self, total, label, enabled=True):
-        self.total, self.label, self.enabled = total, label, enabled
-        self.start, self.last, self.first, self.width = time.monotonic(), -1e9, 0, 0
+    def __init__(self, total, label, enabled=True, after=0):
+        """after: seconds until anything is shown; what is done by then shows nothing."""
+        self.enabled = enabled and os.environ.get("RANK", "0") == "0"
+        self.total, self.label, self.after = total, label, after
+        self.start, self.last, self.first = time.monotonic(), None, 0
 
     def resume_at(self, done):
         """Steps before `done` were not made in this run: they say nothing about its speed."""
@@ -246,14 +395,40 @@ class StepLine:
     def update(self, done, text=""):
         """Show that `done` of the total are finished; `text` is put after the count."""
         now, on_terminal = time.monotonic(), sys.stdout.isatty()
-        if not self.enabled or done < self.total and now - self.last < (0.2 if on_terminal else 10):
+        elapsed = now - self.start
+        if not self.enabled or (elapsed < self.after if self.last is None else
+                                done < self.total and now - self.last < (0.2 if on_terminal else 10)):
             return
-        self.last, elapsed = now, now - self.start
+        self.last = now
         left = elapsed / max(done - self.first, 1) * (self.total - done)
-        line = f"{self.label} {done}/{self.total} [{duration(elapsed)} < {duration(left)}] {text}"
+        line = f"{self.label} {done}/{self.total} [{duration(elapsed)} < {duration(left)}] {text}".rstrip()
         if not on_terminal:
             print(line, flush=True)
             return
-        line = line[:max(shutil.get_terminal_size().columns - 1, 20)]
-        print("\r" + line.ljust(self.width), end="\n" if done >= self.total else "", flush=True)
-        self.width = len(line)
+        columns = max(shutil.get_terminal_size().columns - 1, 20)
+        print("\r" + line[:columns].ljust(columns), end="\n" if done >= self.total else "", flush=True)
+
+
+def progress(items, label, total=None):
+    """Yield the items and, once that takes longer than ten seconds, show how many of `total` are through."""
+    line = StepLine(len(items) if total is None else total, label, after=10)
+    for done, item in enumerate(items, 1):
+        yield item
+        line.update(done)
+
+
+@contextlib.contextmanager
+def watched(folder, size, label):
+    """Inside, once that takes longer than ten seconds, show how much of `size` bytes the folder holds."""
+    line, over = StepLine(max(size >> 20, 1), label, after=10), threading.Event()
+
+    def watch():
+        while not over.wait(1):
+            with contextlib.suppress(OSError):                     # a file that was renamed meanwhile
+                held = sum(path.stat().st_size for path in folder.iterdir()) >> 20
+                line.update(min(held, line.total - 1), "MiB")
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()

@@ -3,7 +3,7 @@
 Tensors are named here as in the files; model.py knows whose names they are.
 """
 import contextlib
-import json
+import math
 import os
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from support.cli import InputError, read_json
+from support.cli import InputError, read_json, write_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -110,8 +110,53 @@ def read_tensors(tensors, rows=lambda name: slice(None)):
 # -----------------------------------------------------------------------------------------------------------
 # Out
 
+class Rounding:
+    """Gives weights the types that they have in the folder where training began, or `dtype`.
+
+    kept: what rounding leaves of the change since then, 1 - Σ|r - w| / Σ|w - w0| over all weights w that are
+    rounded, to r, from w0 in that folder: 1 is all of it; 0 is nothing, for rounding moved them as far as
+    training had (and where it moved them further). NaN, where the folder can no longer be read.
+    """
+
+    def __init__(self, folder, dtype="auto"):
+        self.start, self.kept, self.name = tensors_in(folder), 1.0, None
+        self.dtype = None if dtype == "auto" else getattr(torch, dtype)
+        self.usual = DTYPES[next(iter(self.start.values()))[1]]       # of what is new: a reward model's head
+
+    def __call__(self, named):
+        """Yield (name, weight in its type) of all weights, and set `kept`."""
+        lost = moved = 0.0
+        for name, weight in named:
+            dtype = self.dtype or (DTYPES[self.start[name][1]] if name in self.start else self.usual)
+            rounded, self.name = weight.to(dtype), self.name or str(dtype).removeprefix("torch.")
+            if dtype.itemsize < weight.dtype.itemsize and name in self.start:
+                parts = (tensor.flatten().split(1 << 24) for tensor in (weight, rounded, self.read(name)))
+                for exact, near, start in zip(*parts):            # in pieces: they may lie on a full card
+                    lost += float((near.to(exact) - exact).abs().sum(dtype=torch.float64))
+                    moved += float((start.to(exact) - exact).abs().sum(dtype=torch.float64))
+                if lost == math.inf:
+                    raise InputError(f"--save_dtype={self.name}: {name} has values that are too large.")
+            yield name, rounded
+        self.kept = max(1 - lost / moved, 0.0) if moved else 1.0
+
+    def read(self, name):
+        try:
+            (_, start), = read_tensors({name: self.start[name]})
+            return start
+        except InputError:
+            return torch.full(self.start[name][2], math.nan)
+
+
+def save_tensors(tensors, path):
+    """A safetensors file with the mode that new files have here; save_file would make it 0600."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def write_weights(weights, folder):
-    """Write (name, tensor) one by one, above SHARD_BYTES as several files and an index -> the last's dtype.
+    """Write (name, tensor) one by one, above SHARD_BYTES as several files and an index -> the first's dtype.
 
     Memory holds one file's tensors at a time. What an earlier save left in the folder is removed first, for
     a part of it might be read instead.
@@ -122,7 +167,7 @@ def write_weights(weights, folder):
     shard, size, total, files, dtype = {}, 0, 0, [], None          # files: the names in each
 
     def write():
-        save_file(shard, folder / f".part-{len(files)}", metadata={"format": "pt"})
+        save_tensors(shard, folder / f".part-{len(files)}")
         files.append(list(shard))
         shard.clear()
 
@@ -131,7 +176,7 @@ def write_weights(weights, folder):
             write()
             size = 0
         shard[name] = weight.detach().cpu().contiguous()
-        size, total, dtype = size + weight.nbytes, total + weight.nbytes, weight.dtype
+        size, total, dtype = size + weight.nbytes, total + weight.nbytes, dtype or weight.dtype
     write()
     weight_map = {}
     for number, names in enumerate(files):         # their number is known only now, and part of their names
@@ -153,11 +198,7 @@ def write_adapters(adapters, folder, rank, alpha, base):
     for layer, side, tensor in adapters:
         tensors[f"base_model.model.{layer}.lora_{side.upper()}.weight"] = tensor.detach().cpu().contiguous()
         targets.add(layer.split(".")[-1])
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "adapter_model.safetensors")
     write_json(folder / "adapter_config.json", dict(
         peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank, lora_alpha=alpha,
         bias="none", lora_dropout=0.0, target_modules=sorted(targets), inference_mode=True))
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ import os
 
 import torch
 
-from support.cli import InputError
+from support.cli import InputError, environment
 from support.ranks import check_replicas, pick_device, pick_dtype
 
 HEAD_CHUNK = 512               # tokens whose logits stand in memory at a time, as losses.py has it
@@ -144,6 +144,15 @@ class Job:
         return sum(self.stays().values()) + sums[worst] + LIBRARIES, worst
 
 
+def prompts_at_a_time(net, itemsize, tokens):
+    """How many prompts of so many tokens, samples included, are sampled together: the more, the less often
+    the weights are read for one token per row. Their cache may take as much as the weights, or 1 GiB."""
+    config = net.config
+    weights = itemsize * sum(weight.numel() for weight in net.parameters())
+    cache = itemsize * tokens * 2 * config.layers * config.kv_heads * config.head_dim
+    return max(max(weights, GIB) // cache, 1)
+
+
 # From the cheapest to what changes the training.
 REMEDIES = [
     {"micro_batch_size": 1},
@@ -171,18 +180,18 @@ def dry_run(s, network):
     """
     if s.model is None:
         raise InputError("--dry_run needs a model: --model=DIR.")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = environment("WORLD_SIZE", 1, least=1)
     check_replicas(s.replicas, ranks)
     if s.device_memory is not None:                   # another machine's
         device, available = "cpu" if s.device == "cpu" else "cuda", s.device_memory * GIB
     else:
         device = pick_device(s.device).split(":")[0]
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+        here = environment("LOCAL_WORLD_SIZE", ranks, least=1)
         available = (torch.cuda.get_device_properties(0).total_memory if device == "cuda" else
                      os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / here)
     compute = torch.bfloat16 if s.dtype == "auto" and device == "cuda" else pick_dtype(s.dtype, device)
     shapes = {folder: Shape(network(folder)) for folder in s.folders()}
-    if int(os.environ.get("RANK", "0")) == 0:
+    if environment("RANK", 0) == 0:
         report(s, shapes, compute, ranks, device, available)
 
 

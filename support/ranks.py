@@ -3,9 +3,19 @@ import os
 
 STARTED_BY = os.getppid()    # before torch, whose import takes seconds: by then a killed torchrun is not it
 
-import contextlib
-import signal
 import sys
+from pathlib import Path
+
+from support import cli
+
+MAIN = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+if MAIN.parent in (Path(__file__).parents[1], Path(__file__).parents[1] / "experiments"):
+    # One of our programs: until cli.run takes over an error, or Ctrl-C, is a sentence too.
+    sys.excepthook = lambda kind, error, trace: cli.end_with(error)
+
+import contextlib
+import datetime
+import signal
 import threading
 import time
 from dataclasses import dataclass
@@ -14,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from support import cli
 from support.cli import InputError
 
 
@@ -49,21 +58,27 @@ class Ranks:
     device: str
 
     @classmethod
-    def start(cls, device):
-        """Join the process group, where torchrun started more than one process."""
-        device, size = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    def start(cls, device, minutes=30):
+        """Join the process group, where torchrun started more than one process. No rank waits longer for
+        another one than so many minutes."""
+        rank, size = cli.environment("RANK", 0), cli.environment("WORLD_SIZE", 1, least=1)
+        if rank >= size or size > 1 and "RANK" not in os.environ:
+            raise InputError(f"the environment has RANK={os.environ.get('RANK', '')} and WORLD_SIZE={size}, "
+                             f"which torchrun sets together; unset both.")
+        device = pick_device(device)
         if size == 1:
             return cls(0, 1, device)
-        if "RANK" not in os.environ:
-            raise InputError(f"WORLD_SIZE is {size}, but torchrun did not start this process; unset it.")
         if device.startswith("cuda:"):
             raise InputError(f"--device={device}: {size} ranks take a card each; use --device=cuda.")
         if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            device = f"cuda:{cli.environment('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
-        rank = int(os.environ["RANK"])
         if not dist.is_initialized():
-            join("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", rank, size)
+            try:
+                join("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", rank, size, minutes)
+            except (ValueError, RuntimeError, OverflowError) as error:      # no address, or a wrong one
+                raise InputError(f"rank {rank} cannot meet the others: {str(error).splitlines()[0]}; "
+                                 f"torchrun says where.", urgent=True) from None
         return cls(rank, size, device)
 
     def sum(self, values):
@@ -85,25 +100,27 @@ class Ranks:
 
     def from_first(self, value):
         """The first rank's value, on every rank."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.gather(value)[0]
 
     def on_first(self, work):
         """What work() returns on the first rank, told to all; if it fails there, all fail with its words."""
         return self.from_first(self.on_all(lambda: work() if self.rank == 0 else None))
 
+    def gather(self, value):
+        """Every rank's value, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def on_all(self, work):
         """What work() returns on this rank; where it fails on one rank, all fail with that one's sentence."""
-        value, failed = None, [None] * self.size
+        value = failed = None
         try:
             value = work()
         except (OSError, InputError) as error:
-            failed[self.rank] = error
-        if self.size > 1:
-            dist.all_gather_object(failed, failed[self.rank])
-        for error in filter(None, failed):
+            failed = error
+        for error in filter(None, self.gather(failed)):
             raise error
         return value
 
@@ -120,32 +137,31 @@ class Ranks:
         return init_device_mesh(self.device.split(":")[0], shape, mesh_dim_names=names)
 
 
-def join(backend, rank, size):
+def join(backend, rank, size, minutes):
     """Join the process group. torchrun keeps one store for all its tries: the second must not find the first
     one's addresses. (On several nodes each counts its own tries: there is no name that all ranks know.)"""
+    timeout = datetime.timedelta(minutes=minutes)
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
         return
-    store, *_ = next(dist.rendezvous("env://"))
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # How a run ends
 
 @contextlib.contextmanager
-def lost_rank_named(ranks):
+def lost_rank_named():
     """Inside, the loss of another rank, which gloo tells in many ways, is one sentence, said at once."""
     try:
         yield
     except RuntimeError as error:
-        if ranks.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        lost = InputError(f"rank {ranks.rank} has lost another rank, which stopped or was killed; what was "
-                          f"saved is kept.")
-        lost.urgent = True
-        raise lost from error
+        raise InputError(f"rank {dist.get_rank()} has lost another rank, which stopped or was killed, or did "
+                         f"not answer for --rank_minutes; what was saved is kept.", urgent=True) from error
 
 
 class StopSignal:
@@ -153,6 +169,8 @@ class StopSignal:
     number = 0
 
     def __call__(self, number, frame):
+        if number == getattr(signal, "SIGQUIT", None):
+            cli.fail("SIGQUIT: stopped at once; what was saved is kept.", 128 + number)
         self.number = number
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)        # a second Ctrl-C stops at once
@@ -160,9 +178,11 @@ class StopSignal:
 
 @contextlib.contextmanager
 def stop_signal():
-    """A StopSignal that hears of SIGTERM and SIGINT."""
-    stop = StopSignal()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    """A StopSignal that hears of all that asks a process to stop; after nohup not of SIGHUP."""
+    stop, names = StopSignal(), ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]       # Windows has two
+    before = {number: signal.signal(number, stop) for number in numbers
+              if signal.Signals(number).name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield stop
     finally:
@@ -183,8 +203,10 @@ def launch(main, settings):
     """cli.run, then an end that a rank survives: at once, for gloo may still hold the last tensor that it
     sent, and letting go of it while Python shuts down aborts a run that went well (status -6)."""
     status = 0
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        leave_with(STARTED_BY)
     try:
-        cli.run(main, settings)
+        cli.run(lost_rank_named()(main), settings, is_training=True)
     except SystemExit as leaving:
         status = leaving.code
     if not dist.is_initialized():

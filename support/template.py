@@ -9,13 +9,16 @@ private-use characters, which are taken out again. jinja2 comes with torch.
 """
 import datetime
 import functools
+import itertools
 import json
+import operator
 import re
+import sys
 
 from support.cli import InputError, read_json
 from support.rows import Unusable
 
-OPEN, CLOSE = "\ue0f5", "\ue0f6"        # private-use characters: a text that holds one is rendered unmarked
+PRIVATE = list(map(chr, range(0xE000, 0xF900)))        # characters of Unicode that mean nothing
 
 
 def read_template(folder):
@@ -38,20 +41,20 @@ def read_template(folder):
 class ChatTemplate:
     """A Jinja chat template, rendered in jinja2's sandbox with what transformers gives it."""
 
-    def __init__(self, source, special_tokens, where="the chat template", now=None):
-        """special_tokens: {"bos_token": text, …}; now: a datetime for strftime_now, fixed for a whole run."""
+    def __init__(self, source, special_tokens, where="the chat template"):
+        """special_tokens: {"bos_token": text, …}. `now`, for strftime_now, may be set for a whole run."""
         try:
             import jinja2
             from jinja2.ext import loopcontrols
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
             raise InputError(f"{where} needs jinja2, which torch requires: pip install jinja2.") from None
-        self.source, self.special_tokens = source, special_tokens
+        self.source, self.special_tokens, self.where, self.noted = source, special_tokens, where, False
         self.errors = jinja2.exceptions.TemplateError
-        self.now = now or datetime.datetime.now()
+        self.now = datetime.datetime.now()
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-        env.globals |= {"raise_exception": self.refuse, "strftime_now": self.now.strftime}
+        env.globals |= {"raise_exception": self.refuse, "strftime_now": lambda form: self.now.strftime(form)}
         try:
             self.template = env.from_string(source)
         except self.errors as error:
@@ -66,22 +69,35 @@ class ChatTemplate:
         try:
             return self.template.render(messages=messages, add_generation_prompt=ask, **self.special_tokens)
         except (self.errors, TypeError, ValueError, LookupError) as error:
-            raise Unusable(f"the chat template refuses it: {error}") from None
+            raise Unusable(f"the chat template refuses it: {error}".rstrip(".")) from None
 
     def marked(self, messages, ask=True):
-        """(text, [(start, end)] of the contents in it); no spans where marks change more than themselves."""
+        """(text, [(start, end)] of the contents in it); no spans where marks change more than themselves.
+
+        Unusable: it does not take the messages, or leaves one out.
+        """
         plain = self.text(messages, ask)
-        if any(OPEN in one["content"] or CLOSE in one["content"] for one in messages):
-            return plain, []
-        found, spans, text, start = self.text([enclosed(one) for one in messages], ask), [], "", 0
-        for part in re.split(f"([{OPEN}{CLOSE}])", found):
-            if part == OPEN:
-                start = len(text)
-            elif part == CLOSE:
-                spans.append((start, len(text)))
+        contents = "".join(one["content"] for one in messages)
+        opening, closing = itertools.islice((char for char in PRIVATE if char not in contents), 2)
+        inside = [enclosed(one, opening, closing) for one in messages]
+        found, spans, text, start = self.text(inside, ask), [], "", None
+        turns = sum(map(operator.ne, inside, messages))
+        if max(found.count(opening), found.count(closing)) < turns:
+            roles = sorted({one["role"] for one in messages})
+            raise Unusable(f"the chat template leaves out a turn ({', '.join(roles)})")
+        for part in re.split(f"([{opening}{closing}])", found):
+            if part == opening:
+                start = len(text) if start is None else start
+            elif part == closing and start is not None:
+                spans, start = [*spans, (start, len(text))], None
             else:
                 text += part
-        return plain, spans if text == plain else []
+        same = text == plain and len(spans) == turns
+        if not same and not self.noted:
+            self.noted = True
+            print(f"note: {self.where}: the chat template changes contents; special tokens that stand in "
+                  "them count as such.", file=sys.stderr)
+        return plain, spans if same else []
 
     def ids(self, tokenizer, messages, ask=True):
         """Token ids of the rendered text: special strings are ids where the template wrote them alone."""
@@ -91,23 +107,33 @@ class ChatTemplate:
     @staticmethod
     def encode(tokenizer, text, spans):
         """Ids of a text whose special strings count as such only outside of the spans."""
-        names = sorted((name for name in tokenizer.special_ids if name), key=len, reverse=True)
-        ids, done = [], 0
-        for match in re.finditer("|".join(map(re.escape, names)), text) if names else ():
+        ids, done, encode = [], 0, tokenizer.encode
+        for match in special_strings(tuple(tokenizer.special_ids)).finditer(text):
             if any(start < match.end() and match.start() < end for start, end in spans):
                 continue
             if match.start() > done:
-                ids += tokenizer.encode(text[done:match.start()])
+                ids += encode(text[done:match.start()])
             ids.append(tokenizer.special_ids[match[0]])
-            done = match.end()
-        return ids + (tokenizer.encode(text[done:]) if done < len(text) else [])
+            done, encode = match.end(), tokenizer.encode if tokenizer.later_starts else tokenizer.encode_after
+        return ids + (encode(text[done:]) if done < len(text) else [])
 
 
-def enclosed(message):
-    """The message with marks around its content, inside the white space that a template may trim."""
+@functools.cache
+def special_strings(names):
+    """A pattern of the leftmost, longest of these names; it never matches where there are none."""
+    longest_first = sorted(filter(None, names), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def enclosed(message, opening, closing):
+    """The message with marks around its content, inside the white space that a template may trim.
+
+    Where a template may cut its reasoning off, another opening mark stands after that.
+    """
     content = message["content"]
     inner = content.strip()
     if not inner:
         return message
     start = content.index(inner)
-    return message | {"content": content[:start] + OPEN + inner + CLOSE + content[start + len(inner):]}
+    marked = opening + re.sub(r"</think>\s*", rf"\g<0>{opening}", inner) + closing
+    return message | {"content": content[:start] + marked + content[start + len(inner):]}

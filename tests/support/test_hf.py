@@ -222,3 +222,48 @@ def test_pickles_are_refused(name, tmp_path):
     refused(tmp_path, str(tmp_path), name, "save_pretrained")
     (tmp_path / name).unlink()
     refused(tmp_path, str(tmp_path), "model.safetensors")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Rounding
+
+def test_what_rounding_leaves_of_a_change(tmp_path):
+    """bfloat16 has steps of 2⁻⁷ from 1 to 2. 1 + 2⁻⁷ survives, 1 + 2⁻⁹ falls back to 1, and 1 + 3·2⁻⁹ goes on
+    to 1 + 2⁻⁷, a third too far: of 2⁻⁷ + 2⁻⁹ + 3·2⁻⁹ the errors 0, 2⁻⁹ and 2⁻⁹ leave 1 - 2/8."""
+    save_file({"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(2)}, tmp_path / "model.safetensors")
+    moved = torch.tensor([1 + 2 ** -7, 1 + 2 ** -9, 1 + 3 * 2 ** -9])
+    rounding, given = hf.Rounding(tmp_path), [("a", moved), ("b", torch.full((2,), 1 + 2 ** -20))]
+    found = dict(rounding(given))
+    assert rounding.kept == 0.75 and rounding.name == "bfloat16"
+    assert found["a"].tolist() == [1 + 2 ** -7, 1, 1 + 2 ** -7] and found["b"].dtype == torch.float32
+    assert dict(rounding([("a", moved - 1 + 3)]))["a"].dtype == torch.bfloat16 and rounding.kept > 0.99
+    wide = hf.Rounding(tmp_path, "float32")
+    assert torch.equal(dict(wide(given))["a"], moved) and wide.kept == 1
+    # next to nothing, on a start that is no bfloat16 itself: rounding moves it further than training has
+    save_file({"a": torch.full((3,), 1 + 2 ** -9)}, tmp_path / "model.safetensors")
+    rounding = hf.Rounding(tmp_path, "bfloat16")
+    assert list(rounding([("a", torch.full((3,), 1 + 2 ** -9 + 2 ** -20))])) and rounding.kept == 0
+    with pytest.raises(InputError, match="float16.*too large"):
+        list(hf.Rounding(tmp_path, "float16")([("a", torch.tensor([1e5]))]))
+    (tmp_path / "model.safetensors").unlink()           # nobody can say, and the weights are written
+    assert list(rounding([("a", torch.ones(3))])) and not rounding.kept < 0.995
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_final_has_the_type_of_its_source(rank, tmp_path, capsys):
+    """bfloat16 in, bfloat16 out; the steps of a small learning rate do not survive that, and the run says so.
+    --save_dtype=float32 keeps them: final/ is then the checkpoint's weights, adapters merged."""
+    world = tiny.world(tmp_path)
+    source = load_file(world / "model/model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in source.items()}, world / "model/model.safetensors")
+    start = load_file(world / "model/model.safetensors")
+    for dtype, kind in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        out = tmp_path / dtype
+        tiny.run(world, out, recipe="sft", steps=1, dtype="float32", lr=1e-6, save_dtype=dtype,
+                 lora_rank=rank)
+        final, said = tiny.final(out), capsys.readouterr().out
+        assert {tensor.dtype for tensor in final.values()} == {kind}
+        assert json.loads((out / "final/config.json").read_text())["torch_dtype"] == str(kind)[6:]
+        moved = sum(int((tensor != start[name]).sum()) for name, tensor in final.items())
+        whole = sum(tensor.numel() for tensor in final.values())
+        assert ("% of the change" in said) == (moved < 0.05 * whole) == (dtype == "auto")

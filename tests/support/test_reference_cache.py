@@ -9,6 +9,7 @@ import forest
 import losses
 import tiny
 import train
+from support import loop
 from support.cli import InputError
 from support.reference_cache import ReferenceCache
 from tiny import run, trainer
@@ -28,7 +29,7 @@ def world(tmp_path_factory):
 def test_a_cached_reference_changes_nothing(recipe, world, tmp_path, monkeypatch):
     """With another model as reference, held-out rows included; the second run with the cache loads no
     reference at all, and writes nothing."""
-    monkeypatch.setattr(train, "rounded", lambda record: record)
+    monkeypatch.setattr(loop, "rounded", lambda record: record)
     changes = dict(recipe=recipe, reference=str(world / "sharp"), eval_data=[f"{world}/pairs.jsonl:0.5"])
     plain, cache = run(world, tmp_path / "plain", **changes), tmp_path / "cache" / "below"
     assert abs(plain[0]["margin"]) > 0.1 and "eval_margin" in plain[-1]
@@ -50,7 +51,7 @@ def test_cached_values_are_the_references(world, tmp_path):
     cached = trainer(world, tmp_path / "out", reference_cache=str(tmp_path), **changes)
     assert plain.reference is not None and cached.reference is None
     values = load_file(next(tmp_path.glob("reference-*.safetensors")))
-    assert sorted(values) == ["refined_x", "x"] and not torch.equal(values["x"], values["refined_x"])
+    assert sorted(values) == ["refined_x", "state", "x"] and not torch.equal(values["x"], values["refined_x"])
     for query in ("x", "refined_x"):
         for pair, expected in zip(plain.data.rows, values[query], strict=True):
             x = getattr(pair, query)

@@ -116,8 +116,8 @@ def test_a_template_runs_in_a_sandbox():
 
 def test_marks_that_a_template_would_notice_are_left_out():
     """Where marking changes more than the marks, the plain rendering is taken."""
-    template = ChatTemplate("{{ messages[0].content | length }}", {})
-    assert template.marked([{"role": "user", "content": "four"}]) == ("4", [])
+    template = ChatTemplate("{{ messages[0].content ~ messages[0].content | length }}", {})
+    assert template.marked([{"role": "user", "content": "four"}]) == ("four4", [])
     backwards = ChatTemplate("{{ messages[0].content | reverse }}", {})
     assert backwards.marked([{"role": "user", "content": "abc"}])[0] == "cba"
 
