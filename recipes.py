@@ -355,7 +355,8 @@ class Settings:
                 ("judge_task", recipe.has_judge or self.recipe == "judge", "a recipe with a judge"),
                 ("candidates rso_beta", recipe.responses == "rso", "--recipe=rso"),
                 ("iterations", recipe.pairs == "spin", "--recipe=spin"),
-                ("eval_every keep_best", self.eval_data or not self.model, "--eval_data")]
+                ("eval_every", self.eval_data or self.show_prompts or not self.model, "--eval_data"),
+                ("keep_best", self.eval_data or not self.model, "--eval_data")]
 
     def check_used(self):
         """Refuse what was typed but has no effect in this run: it is a mistake somewhere."""

@@ -404,7 +404,7 @@ BAD = [
     (FILES + " --reference={world}", ["config.json is missing"]),
     (FILES + " --recipe=dpo --eval_data={world}/none.jsonl", ["none.jsonl: cannot be read"]),
     (FILES + " --recipe=dpo --eval_data={world}/blank.jsonl", ["blank.jsonl: no row can be used for pairs"]),
-    (FILES + " --recipe=dpo --eval_every=2", ["--eval_every would change nothing", "--eval_data"]),
+    (FILES + " --recipe=dpo --eval_every=2 --show_prompts=0", ["--eval_every would change nothing", "--eval_data"]),
     (FILES + " --recipe=dpo --keep_best=eval_loss", ["--keep_best=eval_loss: needs --eval_every"]),
     (FILES + " --recipe=sft --eval_every=2 --keep_best=eval_accuracy", ["here is only eval_loss"]),
     # A forgotten --model is no wish for the toy world.
