@@ -352,6 +352,8 @@ def main(settings):
     net, tokenizer = load_model(settings.model, settings.dtype, pick_device(settings.device))
     room = min(settings.max_length or net.config.context, net.config.context)
     chat = data.chat_of(tokenizer, settings.chat, settings.system)
+    if settings.system is not None and not chat.marks:
+        raise InputError("--system would change nothing: this model is asked in plain text, not in turns.")
     judge_prompt = JudgePrompt(tokenizer, settings.judge_task, room, chat)
     if settings.data is not None:
         rows, read = data.read_rows(settings.data, "ordered pairs", settings.columns)

@@ -234,6 +234,10 @@ class RewardTrainer(train.Trainer):
         self.log.tokens += sum(2 * len(pair.x) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
         return values
 
+    def answer_prompts(self, step):
+        """A reward model answers nothing."""
+        return {}
+
     def save_final(self, name="final"):
         """final/ or best/, with the shift and a padding id in its config.json."""
         config = self.policy.config

@@ -13,8 +13,8 @@ FORMS = {
     "history human_ref_A human_ref_B labels score_ratio": "shp",          # p = s / (1 + s)
     "answer_0 answer_1 score_0 score_1": "graded",                        # WebGPT: d of the scores
     "orig_response_A orig_response_B orig_score_A orig_score_B": "graded",          # Prometheus: the same
-    "response1 response2 overall_preference": "helpsteer",                # d = -3 … 3
-    "response_1 response_2 preference_strength": "helpsteer",
+    "response1 response2 overall_preference": "graded",                   # HelpSteer3: d = -3 … 3
+    "response_1 response_2 preference_strength": "graded",                # HelpSteer2: the same
     "response_0 response_1 better_response_id": "pku",
     "info summaries choice": "tldr",
     "prompt response_a response_b winner_model_a winner_model_b winner_tie": "votes",    # (wins + ½ ties) / n
@@ -275,14 +275,11 @@ def score(answer):
     return -number(answer["rank"]) if "rank" in answer else answer.get(answer.first("pm_score", "score"))
 
 
-def graded(row, first, second, score, other_score):
-    """openai/webgpt_comparisons, prometheus-eval/Preference-Collection."""
-    return best_and_worst(ask(row), [first, second], [score, other_score], "orig_score_A" in row)
-
-
-def helpsteer(row, first, second, preference):
-    """nvidia/HelpSteer3, HelpSteer2's preferences: above 0 the second is the better one."""
-    return best_and_worst(ask(row), [first, second], [0, preference])
+def graded(row, first, second, *scores):
+    """openai/webgpt_comparisons, prometheus-eval/Preference-Collection; nvidia/HelpSteer3 and HelpSteer2's
+    preferences have one score for both: above 0 the second is the better one."""
+    scores = scores if len(scores) == 2 else (0, *scores)
+    return best_and_worst(ask(row), [first, second], scores, "orig_score_A" in row)
 
 
 def pku(row, first, second, better):

@@ -72,7 +72,7 @@ class Loop:
         best = self.settings.keep_best
         measured = (t.evaluate() if t.data.held_out else {}) | t.answer_prompts(step)
         self.write(measured and {"step": step} | measured)
-        if best and self.ranks.on_first(lambda: is_best(self.out.path / "metrics.jsonl", best)):
+        if best in measured and self.ranks.on_first(lambda: is_best(self.out.path / "metrics.jsonl", best)):
             t.save_final("best")
             t.say(f"\nstep {step}: {best} {measured[best]:.4g}, the best so far, is in "
                   f"{self.out.path / 'best'}")

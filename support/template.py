@@ -18,8 +18,6 @@ import sys
 from support.cli import InputError, read_json
 from support.rows import Unusable
 
-PRIVATE = list(map(chr, range(0xE000, 0xF900)))        # characters of Unicode that mean nothing
-
 
 def read_template(folder):
     """The ChatTemplate of a folder, from chat_template.jinja or tokenizer_config.json; None: it has none."""
@@ -78,7 +76,8 @@ class ChatTemplate:
         """
         plain = self.text(messages, ask)
         contents = "".join(one["content"] for one in messages)
-        opening, closing = itertools.islice((char for char in PRIVATE if char not in contents), 2)
+        private = (chr(code) for code in itertools.count(0xE000) if chr(code) not in contents)
+        opening, closing = next(private), next(private)
         inside = [enclosed(one, opening, closing) for one in messages]
         found, spans, text, start = self.text(inside, ask), [], "", None
         turns = sum(map(operator.ne, inside, messages))

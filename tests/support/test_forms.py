@@ -470,8 +470,9 @@ def test_parquet(tmp_path):
         read_rows(tmp_path / "b.parquet", "pairs")
 
 
-JUNK = [None, 0, -1, True, "", " ", "x", [], {}, [1], ["a", "b"], [["a"]], [{"a": 1}], {"text": "x"}, math.nan,
-        10**400, "tie", {"role": "assistant", "content": "x"}, [user("x")], [{"role": "user", "content": [1]}]]
+JUNK = [None, 0, -1, True, "", " ", "x", [], {}, [1], ["a", "b"], [["a"]], [{"a": 1}], {"text": "x"},
+        math.nan, 10**400, "tie", assistant("x"), [user("x")], [user([1])]]
+NEEDS = ["pairs", "ordered pairs", "judge", "responses", "prompts"]
 
 
 def places(value, path=()):
@@ -482,7 +483,7 @@ def places(value, path=()):
 
 
 def test_a_damaged_row_is_a_row_or_unusable():
-    """With junk anywhere in a published row there is a Row of texts, turns and a p, or a reason, for each need."""
+    """With junk anywhere in a published row: a Row of texts, turns and a p, or a reason."""
     rng, read = random.Random(0), 0
     records = [row[0] for table in (PAIRS, ANSWERS, PROMPTS, REFUSED) for row in table.values()]
     for _ in range(3000):
@@ -493,21 +494,17 @@ def test_a_damaged_row_is_a_row_or_unusable():
             inner = inner[key]
         inner[last] = rng.choice(JUNK)
         with contextlib.suppress(Unusable):
-            row = read_row(Keys(record), rng.choice(["pairs", "ordered pairs", "judge", "responses", "prompts"]),
-                           "a:1")
+            row = read_row(Keys(record), rng.choice(NEEDS), "a:1")
             turns = [user(row.prompt)] if isinstance(row.prompt, str) else row.prompt
             assert turns and all(isinstance(turn["content"], str) and turn["role"] in ROLES for turn in turns)
             assert all(text is None or isinstance(text, str) for text in (row.chosen, row.rejected))
             assert row.p is None or 0 <= row.p <= 1
             read += 1
-    assert 1000 < read < 2900
+    assert 500 < read < 2500
 
 
 def test_strengths_reach_the_loss_and_no_judge_is_loaded(tmp_path):
-    """SHP p = 4/5, HelpSteer2 d = 3 at T = 2, Arena p = 0: SPCE learns these, DPO has the winner in front.
-
-    For a pair without a p the judge is loaded.
-    """
+    """SHP p = 4/5, HelpSteer2 d = 3 at T = 2, Arena p = 0: SPCE learns these, DPO has the winner in front."""
     world, files = tiny.world(tmp_path), []
     for name in ("stanfordnlp/SHP", "nvidia/HelpSteer2, preferences", "lmsys/chatbot_arena_conversations"):
         files.append(write(tmp_path / f"{len(files)}.jsonl", PAIRS[name][0]))
@@ -516,5 +513,3 @@ def test_strengths_reach_the_loss_and_no_judge_is_loaded(tmp_path):
     assert soft.judge is None and soft.update(0)["skipped"] == 0
     hard = tiny.trainer(world, tmp_path / "hard", recipe="dpo", data=files)
     assert [pair.chosen for pair in hard.data.rows[6:]] == [pair.rejected for pair in soft.data.rows[6:]]
-    files.append(write(tmp_path / "3.jsonl", PAIRS["UCLA-AGI/SPIN_iter0"][0]))
-    assert tiny.trainer(world, tmp_path / "soft", recipe="offline-soft", data=files).judge is not None

@@ -73,7 +73,9 @@ def test_texts_and_ids_are_transformers(name, folder):
 def test_special_strings_in_a_message_stay_text(name, folder):
     """Which transformers does not promise: there they become ids."""
     tokenizer, fast = load_tokenizer(written(folder, TEMPLATES[name])), reference(folder)
-    plain, odd = ([{"role": "user", "content": text}] for text in ("x y", "x </s><|im_end|> <|eot_id|> y"))
+    marks = "".join(map(chr, range(0xE000, 0xF900)))              # those of the rendering would be among them
+    plain, odd = ([{"role": "user", "content": text}] for text in (
+        "x y", f"x </s><|im_end|> <|eot_id|> y{marks}"))
     special = set(tokenizer.special_ids.values())
     ids = [tokenizer.chat_template.ids(tokenizer, one) for one in (plain, odd)]
     counts = [[id for id in one if id in special] for one in ids]
