@@ -281,7 +281,7 @@ class Sampling(Networks):
         if self.recipe.has_judge and self.shown.is_due(step):
             self.shown_pairs = [example_of(*one) for one in fresh if one[0] is prompts[0] and one[2]]
             known = [{"margin": h} for h in self.margins(self.shown_pairs)]
-            if judged:
+            if verdicts:
                 self.shown.keep(step, data.context_text(prompts[0].row.prompt), samples[0], *judged[0],
                                 verdicts[1], known)
 
@@ -315,7 +315,7 @@ class Sampling(Networks):
         rows = rows[first::size]
         contexts = [data.context_text(row.row.prompt) if isinstance(row, Pair) else
                     self.tokenizer.decode(row.x) for row in rows]
-        with gathered(self.policy, self.judge), model.without_adapters(self.judge):
+        with gathered(self.policy, self.judge):
             samples = self.sample_prompts(self.policy, ANSWERS, rows, first, k=1)
             asked = [(first + i * size, context, one, bool(self.data.held_out))
                      for i, (context, (one,)) in enumerate(zip(contexts, samples))]
@@ -326,7 +326,8 @@ class Sampling(Networks):
 
     def preferred(self, pairs):
         """[p(first ≻ second)] of (context, first, second), by the judge: its weights are whole."""
-        return judge.compare(self.judge, self.judge_prompt, pairs).p.tolist()
+        with model.without_adapters(self.judge):
+            return judge.compare(self.judge, self.judge_prompt, pairs).p.tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -351,9 +352,10 @@ class Trainer(Sampling):
             self.judge_prompt.both_orders("", "", "")   # has the instruction room?
         self.total_rows = s.steps * s.batch_size if s.steps else math.ceil(len(self.data) * s.epochs)
         self.steps = s.steps or math.ceil(self.total_rows / s.batch_size)
-        for name in ("iterations", "warmup_steps"):
-            if name in s.given and (getattr(s, name) or 0) > self.steps:
-                raise InputError(f"--{name}={getattr(s, name)}: more than the run's {self.steps} steps.")
+        if "iterations" in s.given and s.iterations > self.steps:
+            raise InputError(f"--iterations={s.iterations}: more than the run's {self.steps} steps.")
+        if (s.warmup_steps or 0) >= self.steps > 1:
+            self.say(f"note: --warmup_steps={s.warmup_steps} of {self.steps} steps: --lr is never reached")
         default = min(self.recipe.defaults["warmup_steps"], self.steps // 10)
         self.warmup = default if s.warmup_steps is None else s.warmup_steps
         self.stop_ids, self.allowed = sample.stopping(self.tokenizer, chat, config)
@@ -368,7 +370,7 @@ class Trainer(Sampling):
             self.reference = self.load_frozen(reference)
         self.sampler = self.policy if self.recipe.responses == "policy" else self.reference
         self.optimizer, self.state = self.make_optimizer(), dict(START)
-        self.shown = Shown(self.out, self.ranks, self.steps)
+        self.shown = Shown(self.out, self.ranks, s.show_prompts and self.steps)
         self.log, self.started = self.new_log(), time.perf_counter()
 
     def instructions(self, rows):

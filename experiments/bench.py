@@ -266,7 +266,7 @@ def our_trainer(s, folder, device, recipe, **more):
         recipe=recipe, model=str(folder / "model"), data=[str(folder / "pairs.jsonl")],
         out_dir=str(folder / f"out-{os.getpid()}"), steps=FOREVER, batch_size=s.batch_size,
         micro_batch_size=s.micro_batch_size, max_length=s.max_length, optimizer="adamw", lr=1e-6,
-        grad_clip=1.0, warmup_steps=0, dtype=s.dtype, device=device, chat="hh", **more))
+        grad_clip=1.0, warmup_steps=0, dtype=s.dtype, device=device, chat="hh", show_prompts=0, **more))
     trainer.out.path.mkdir(parents=True, exist_ok=True)         # as its run would
     return trainer
 

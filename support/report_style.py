@@ -3,7 +3,8 @@
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--soft:#5c6670;--line:#d8dde3;--card:#f6f8fa;
 --c0:#2563a8;--c1:#c2571a;--c2:#2f8a4c;--c3:#8250a8;--c4:#a8862b;--c5:#b0385a;--plus:#d5f0dc;--minus:#f9d9d6}
-@media(prefers-color-scheme:dark){:root{--bg:#14181d;--fg:#e3e7eb;--soft:#9aa5b1;--line:#343c46;--card:#1d232a;
+@media(prefers-color-scheme:dark){:root{
+--bg:#14181d;--fg:#e3e7eb;--soft:#9aa5b1;--line:#343c46;--card:#1d232a;
 --c0:#6aa9ea;--c1:#e98d55;--c2:#68c184;--c3:#b891dc;--c4:#d8b45a;--c5:#e57d9b;--plus:#1f4a2c;--minus:#5a2724}}
 body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:20px 24px 60px}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from support import forms
 from support.cli import InputError
-from support.forms import ASSISTANT, Keys, Unusable, hh_prompt, hh_text, read_messages  # noqa: F401 -- rows.hh_text
+from support.forms import ASSISTANT, Keys, Unusable, hh_prompt, hh_text, read_messages  # noqa: F401
 
 FORMS = [(keys.split(), getattr(forms, name)) for keys, name in forms.FORMS.items()]
 BOM = b"\xef\xbb\xbf"

@@ -17,13 +17,13 @@ class Shown:
     """Writes both files of one run; `truth` is replaced where more is known than `unknown` says."""
 
     def __init__(self, out, ranks, steps):
-        """out: the run's OutDir; steps: how many the run has."""
-        self.out, self.ranks, self.truth, self.every = out, ranks, unknown, max(steps // GROUPS, 1)
+        """out: the run's OutDir; steps: how many the run has, or 0 where no group is to be kept."""
+        self.out, self.ranks, self.truth, self.every = out, ranks, unknown, steps and max(steps // GROUPS, 1)
         self.group, self.start = [], {}                # rows to write; {place: text} of the start's answers
 
     def is_due(self, step):
         """Whether a group of this step is kept."""
-        return step % self.every == 0
+        return self.every > 0 and step % self.every == 0
 
     def keep(self, step, prompt, samples, scores, pairs, verdicts, margins):
         """A prompt's K samples and their scores, its pairs [(i, j, p)], what the judge said of these in both

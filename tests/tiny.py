@@ -328,6 +328,18 @@ def launch(arguments, ranks=1, script="train.py", options=(), **environment):
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, start_new_session=True)
 
 
+def workers_of(torchrun):
+    """{rank: pid} of the processes that a torchrun has started."""
+    found = {}
+    for tasks in Path(f"/proc/{torchrun.pid}/task").glob("*/children"):
+        for pid in tasks.read_text().split():
+            with contextlib.suppress(OSError):
+                for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    if item.startswith(b"RANK="):
+                        found[int(item[5:])] = int(pid)
+    return found
+
+
 def until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():

@@ -43,7 +43,7 @@ def settings(world, out, **changes):
         "model": str(world / "llama"), "data": [str(world / "pairs.jsonl")], "out_dir": str(out),
         "recipe": "dpo", "steps": 3, "batch_size": 4, "lr": 1e-2, "warmup_steps": 0, "max_length": 96,
         "max_tokens": 12, "k": 4, "dtype": "float64", "lora_rank": 4, "lora_alpha": 8.0,
-        "judge_anyway": True, **changes})
+        "judge_anyway": True, "show_prompts": 0, **changes})
 
 
 def trained(world, out, **changes):

@@ -183,7 +183,7 @@ def test_half_precision_with_adapters(ranks, done):
         assert a["chosen_logp"] == pytest.approx(b["chosen_logp"], rel=0.02)
     _, saved = last_checkpoint(done("half", ranks))
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
-    assert {tensor.dtype for tensor in final(done("half", ranks)).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in final(done("half", ranks)).values()} == {torch.float32}
 
 
 # ------------------------------------------------------------------------------------------------------------

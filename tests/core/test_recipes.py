@@ -175,7 +175,8 @@ OSP = f"{SAMPLED} {JUDGED} beta reference"
 ONLINE = "osp osp-dpo osp-ipo random-pairs self-rewarding sft-sampling".split()
 READS = dict.fromkeys(ONLINE, OSP) | {
     "sft": "", "judge": "judge_task", "dpo": FIXED, "ipo": FIXED, "sr-dpo": f"{FIXED} lam refinement_prompt",
-    "sr-ipo": f"{FIXED} lam refinement_prompt delta_scale", "offline-soft": f"{FIXED} {JUDGED} score_temperature",
+    "sr-ipo": f"{FIXED} lam refinement_prompt delta_scale",
+    "offline-soft": f"{FIXED} {JUDGED} score_temperature",
     "raft": f"{SAMPLED} {JUDGED}", "spin": f"{SAMPLED} beta reference iterations",
     "rso": f"{OSP} candidates rso_beta", "sr-spce": f"{OSP} lam refinement_prompt"}
 
@@ -447,8 +448,8 @@ def test_spins_iterations(world, tmp_path, monkeypatch):
         seen.append((copy(trainer.policy), copy(trainer.reference), samplers.pop()))
         return learn(trainer, *rest)
     monkeypatch.setattr(train.Trainer, "learn", noted)
-    monkeypatch.setattr(train.Trainer, "sample_prompts", lambda trainer, net, *rest:
-                        samplers.append(copy(net)) or draw(trainer, net, *rest))
+    monkeypatch.setattr(train.Trainer, "sample_prompts", lambda trainer, net, *rest, **k:
+                        samplers.append(copy(net)) or draw(trainer, net, *rest, **k))
     rows = tiny.run(world, tmp_path, recipe="spin", k=1, steps=7, iterations=3)
     assert [step for step, row in enumerate(rows) if row["margin"] == 0] == [0, 3, 5]
     assert [rows[step]["loss"] for step in (0, 3, 5)] == pytest.approx([math.log(2)] * 3, rel=1e-7)

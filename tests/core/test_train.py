@@ -354,6 +354,8 @@ def test_the_best_evaluation_is_kept(world, tmp_path, monkeypatch):
     first = figures.index(max(figures)) + 1
     assert first < 6
     tiny.run(world, tmp_path / "short", **changes | dict(steps=first))
+    tiny.run(world, tmp_path / "none", **changes | dict(steps=1, eval_data=None))       # nothing held out
+    assert not (tmp_path / "none/best").exists()
     for name in ("whole", "parts"):
         kept = load_file(tmp_path / name / "best/model.safetensors")
         tiny.assert_close(kept, tiny.final(tmp_path / "short"), 0)
@@ -404,7 +406,8 @@ BAD = [
     (FILES + " --reference={world}", ["config.json is missing"]),
     (FILES + " --recipe=dpo --eval_data={world}/none.jsonl", ["none.jsonl: cannot be read"]),
     (FILES + " --recipe=dpo --eval_data={world}/blank.jsonl", ["blank.jsonl: no row can be used for pairs"]),
-    (FILES + " --recipe=dpo --eval_every=2 --show_prompts=0", ["--eval_every would change nothing", "--eval_data"]),
+    (FILES + " --recipe=dpo --eval_every=2 --show_prompts=0",
+     ["--eval_every would change nothing", "--eval_data"]),
     (FILES + " --recipe=dpo --keep_best=eval_loss", ["--keep_best=eval_loss: needs --eval_every"]),
     (FILES + " --recipe=sft --eval_every=2 --keep_best=eval_accuracy", ["here is only eval_loss"]),
     # A forgotten --model is no wish for the toy world.
@@ -446,7 +449,7 @@ def stories(out, recipe, **changes):
 def test_real_checkpoint_on_real_preferences(recipe, tmp_path):
     """stories260K on HH-RLHF: step 0 is exact, a few steps run, final/ equals transformers' reading of it."""
     online = dict(max_tokens=16, k=4) if recipe == "osp" else {}
-    stories(tmp_path, recipe, data=[tiny.shared(HH)], steps=2, batch_size=8, **online).run()
+    stories(tmp_path, recipe, data=[tiny.shared(HH)], steps=2, batch_size=8, show_prompts=0, **online).run()
     first = 25.0 if "ipo" in recipe else math.log(2)
     assert tiny.metrics(tmp_path)[0]["loss"] == pytest.approx(first, rel=1e-7)
     tokens = torch.randint(3, 512, (2, 100), generator=torch.Generator().manual_seed(0))

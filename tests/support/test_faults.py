@@ -132,21 +132,9 @@ def alive(pid):
         return False
 
 
-def workers_of(torchrun):
-    """{rank: pid} of the processes that a torchrun has started."""
-    found = {}
-    for tasks in Path(f"/proc/{torchrun.pid}/task").glob("*/children"):
-        for pid in tasks.read_text().split():
-            with contextlib.suppress(OSError):
-                for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                    if item.startswith(b"RANK="):
-                        found[int(item[5:])] = int(pid)
-    return found
-
-
 def kill(running, rank):
     """SIGKILL for one rank of a torchrun; returns what was said when no process is left."""
-    workers = workers_of(running)
+    workers = tiny.workers_of(running)
     os.kill(workers[rank], signal.SIGKILL)
     said, _ = running.communicate(timeout=120)               # whoever writes to the pipe is gone then
     tiny.until(lambda: not any(alive(pid) for pid in workers.values()))
@@ -162,7 +150,7 @@ def test_killed_while_saving(world, whole, tmp_path):
     running = launch(given, slow=0.2)
     tiny.until(lambda: running.poll() is not None or any(
         folder.name >= ".writing-step-3" for folder in half_saved(tmp_path)), 240)
-    workers = workers_of(running)
+    workers = tiny.workers_of(running)
     running.kill()
     running.communicate(timeout=120)
     tiny.until(lambda: not any(alive(pid) for pid in workers.values()))
