@@ -200,7 +200,8 @@ class Settings:
     steps: int | None = setting(None, "updates; default: epochs over the data", least=1, group="Optimization")
     epochs: float = setting(1.0, "passes over the data when steps is not given (both papers: 1)", above=0)
     batch_size: int | None = setting(None, "pairs, online prompts, per update; papers: 64; 16", least=1)
-    micro_batch_size: int = setting(8, "of these, how many a rank trains on at a time", least=1)
+    micro_batch_size: int | None = setting(None, "of these, how many a rank trains on at a time; "
+                                           "default: 8, halved until it fits", least=1)
     lr: float | None = setting(None, "papers: 5e-7; 2e-6 (TinyLlama), 2e-5 (Mistral with LoRA)", above=0,
                                below=3e38)
     optimizer: str | None = setting(None, "paper 1: rmsprop, paper 2: adam",

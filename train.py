@@ -105,6 +105,8 @@ class Networks:
             elif not tokenizer.same_ids(self.tokenizer):
                 raise InputError(f"{folder} and {s.model} have different tokenizers; "
                                  f"a run's models share one.")
+        if s.micro_batch_size is None:
+            s.micro_batch_size = memory.micro_batch_size(s, model.checked_network)
         if self.tokenizer.chat_template:                               # which may write the date
             self.tokenizer.chat_template.now = datetime.datetime.fromisoformat(self.out.started)
         self.rounding = hf.Rounding(s.model, s.save_dtype)

@@ -170,6 +170,7 @@ class Settings(recipes.Settings):
     """Train a reward model (--recipe=reward) or a policy against one (rlhf); without --model on toy data."""
     recipe: str = "rlhf"
     k: int = 1
+    micro_batch_size: int = 8
     temperature: float = setting(1.0, "another one would not sample from the ratio's π_old", above=0)
     top_p: float = setting(1.0, "see temperature", above=0, most=1)
     reward: str | None = setting(None, "rlhf: folder of the reward model", group="Reward model and PPO")

@@ -20,6 +20,7 @@ HEAD_CHUNK = 512               # tokens whose logits stand in memory at a time, 
 FOREST_TOKENS = 16384          # tokens that the judge reads at a time, as judge.py has it
 QUERY_BLOCK = 256              # tokens that attention reads at a time, as forest.py has it
 P_TOKENS = 64                  # of the refinement prompt, which is some forty words
+MICRO_BATCH_SIZE = 8           # the default
 LIBRARIES = 100 << 20          # bytes that are first loaded in a step or a save
 HOLES = 0.25                   # of what comes and goes: room that the next step's tensors do not fit into
 SURE = 1.2                     # times what is there: more than that is refused
@@ -64,7 +65,7 @@ class Job:
         self.prompt = min(prompt, length - self.response)
         self.prompts = -(-s.batch_size // ranks)                         # that a rank samples from in a step
         self.samples = (s.candidates or s.k) if recipe.online else 1     # of each
-        self.micro = min(s.micro_batch_size, self.prompts)
+        self.micro = min(s.micro_batch_size or MICRO_BATCH_SIZE, self.prompts)
         self.responses = recipe.examples_per_prompt(s.k) * (1 if recipe.loss == "sft" else 2)
 
         self.adapters = s.lora_rank * policy.layers * policy.flow        # parameters; 0: all are trained
@@ -180,8 +181,18 @@ def dry_run(s, network):
     """
     if s.model is None:
         raise InputError("--dry_run needs a model: --model=DIR.")
-    ranks = environment("WORLD_SIZE", 1, least=1)
+    ranks, device, available, compute = machine(s)
     check_replicas(s.replicas, ranks)
+    if s.micro_batch_size is None:
+        s.micro_batch_size = micro_batch_size(s, network)
+    shapes = {folder: Shape(network(folder)) for folder in s.folders()}
+    if environment("RANK", 0) == 0:
+        report(s, shapes, compute, ranks, device, available)
+
+
+def machine(s):
+    """(number of ranks, kind of device, bytes that each has, type of the computation)."""
+    ranks = environment("WORLD_SIZE", 1, least=1)
     if s.device_memory is not None:                   # another machine's
         device, available = "cpu" if s.device == "cpu" else "cuda", s.device_memory * GIB
     else:
@@ -190,9 +201,19 @@ def dry_run(s, network):
         available = (torch.cuda.get_device_properties(0).total_memory if device == "cuda" else
                      os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / here)
     compute = torch.bfloat16 if s.dtype == "auto" and device == "cuda" else pick_dtype(s.dtype, device)
-    shapes = {folder: Shape(network(folder)) for folder in s.folders()}
-    if environment("RANK", 0) == 0:
-        report(s, shapes, compute, ranks, device, available)
+    return ranks, device, available, compute
+
+
+def micro_batch_size(s, network):
+    """The default, halved until the estimate fits into what a rank has: how a batch is split changes no result."""
+    ranks, _, available, compute = machine(s)
+    shapes, other, size = {folder: Shape(network(folder)) for folder in s.folders()}, copy.copy(s), MICRO_BATCH_SIZE
+    while size > 1:
+        other.micro_batch_size = size
+        if Job(other, shapes, compute, ranks).peak()[0] <= available:
+            break
+        size //= 2
+    return size
 
 
 def report(s, shapes, compute, ranks, device, available):

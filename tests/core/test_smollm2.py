@@ -1,6 +1,6 @@
 """A real chat model, SmolLM2-135M-Instruct, on real dialogues, HH-RLHF's; other people's code is the oracle.
 
-    SMOLLM2=DIR python -m pytest -m slow tests/core/test_smollm2.py          half an hour on two CPU cores
+    SMOLLM2=DIR python -m pytest -m slow tests/core/test_smollm2.py          forty minutes of one CPU core
 """
 import gzip
 import hashlib
@@ -150,7 +150,7 @@ def bytes_of(tensor):
 @pytest.mark.parametrize("rank", [0, 16], ids=["whole", "lora"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_ten_steps(recipe, rank, folder, pairs, tokens, tmp_path):
-    """Stopped after five and resumed they leave the same bytes; final/ and adapter/ are what others read.
+    """Taken back to step 5 and resumed they leave the same bits; final/ and adapter/ are what others read.
 
     Adapters are merged in float32, so final/ keeps them in that type: bfloat16 would round them.
     """

@@ -66,6 +66,27 @@ def test_parameters_of_published_models(name):
     assert sum(weight.numel() for weight in net.parameters()) - whole == 64 * shape.layers * shape.flow
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_micro_batch_is_the_largest_that_fits(ranks, tmp_path, monkeypatch):
+    """TinyLlama under DPO: with more memory 1, 2, 4, 8 in turn; it fits, and twice as many would not."""
+    folder = hollow(tmp_path / "m", LLAMA)
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+
+    def peak(size, settings):
+        settings.micro_batch_size = size
+        shapes = {str(folder): memory.Shape(model.empty_network(folder))}
+        return memory.Job(settings, shapes, torch.bfloat16, ranks).peak()[0] / memory.GIB
+    sizes = []
+    for available in range(4, 200, 4):
+        settings = train.Settings(recipe="dpo", model=str(folder), device_memory=float(available))
+        sizes.append(memory.micro_batch_size(settings, model.checked_network))
+        if sizes[-1] > 1:
+            assert peak(sizes[-1], settings) <= available
+        if sizes[-1] < 8:
+            assert peak(2 * sizes[-1], settings) > available
+    assert sizes == sorted(sizes) and set(sizes) == {1, 2, 4, 8}
+
+
 def test_sizes_are_those_of_the_core():
     assert memory.HEAD_CHUNK == losses.HEAD_CHUNK
     assert memory.FOREST_TOKENS == judge.FOREST_TOKENS
