@@ -205,9 +205,10 @@ def machine(s):
 
 
 def micro_batch_size(s, network):
-    """The default, halved until the estimate fits into what a rank has: how a batch is split changes no result."""
+    """The default, halved until the estimate fits: how a batch is split changes no result."""
     ranks, _, available, compute = machine(s)
-    shapes, other, size = {folder: Shape(network(folder)) for folder in s.folders()}, copy.copy(s), MICRO_BATCH_SIZE
+    shapes = {folder: Shape(network(folder)) for folder in s.folders()}
+    other, size = copy.copy(s), MICRO_BATCH_SIZE
     while size > 1:
         other.micro_batch_size = size
         if Job(other, shapes, compute, ranks).peak()[0] <= available:
