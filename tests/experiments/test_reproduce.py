@@ -217,6 +217,7 @@ def reproduced(out, *claims, seeds=(0, 1), **more):
     return (out / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_table(miniature, tmp_path):
     """Twice from nothing, byte for byte; a third time nothing is run; figures are PNG files."""
     names = ("S3", "O3", "O7")
@@ -237,6 +238,7 @@ def test_the_same_seed_gives_the_same_table(miniature, tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG") and f"figures/{path.name}" in first
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on(miniature, tmp_path, monkeypatch):
     """Stopped in the middle of a measurement: what was finished stays, and the table is that of a run without
     a stop."""

@@ -303,7 +303,8 @@ def test_torchrun_restarts_a_killed_rank(resume, rank, world, whole, tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_dead_rank_ends_the_job_and_a_second_job_is_refused(rank, world, tmp_path):
     """A second torchrun on the same out_dir gets one sentence and changes nothing; the first goes on. When
     one of its ranks is killed the other one says so, in a sentence, and all is over."""
@@ -380,6 +381,7 @@ def test_a_second_interrupt_stops_at_once(world, whole, tmp_path, monkeypatch):
     assert same(tmp_path, whole / "1 evaluated")
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_ranks_that_differ(world, whole, tmp_path):
     """In one group of processes, none of which may hang. One rank is told to stop: both finish the update or

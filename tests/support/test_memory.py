@@ -77,7 +77,7 @@ def test_the_micro_batch_is_the_largest_that_fits(ranks, tmp_path, monkeypatch):
         shapes = {str(folder): memory.Shape(model.empty_network(folder))}
         return memory.Job(settings, shapes, torch.bfloat16, ranks).peak()[0] / memory.GIB
     sizes = []
-    for available in range(4, 200, 4):
+    for available in range(4, 72, 4):
         settings = train.Settings(recipe="dpo", model=str(folder), device_memory=float(available))
         sizes.append(memory.micro_batch_size(settings, model.checked_network))
         if sizes[-1] > 1:
