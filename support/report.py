@@ -10,7 +10,7 @@ It is made from files of out_dir alone:
     groups.jsonl     online, of some steps: a prompt, its K answers with their strengths, and their pairs
     answers.jsonl    the same few prompts answered at the start, at evaluations and at the end
 
-The embedded world writes one page for its whole chain, with stages.jsonl: prompts answered by every stage.
+The embedded world writes one page for its whole chain, and hands over prompts answered by every stage.
 """
 import base64
 import difflib
@@ -423,10 +423,10 @@ def origin(run):
 
 def page(runs, title, note="not finished", stages=()):
     """The whole HTML of some Runs: curves in one place, then what each of them shows. With `stages`, rows of
-    stages.jsonl, they are those of a chain."""
+    answers each with its stage, they are those of a chain, and the last is what it was for."""
     going = [run for run in runs if not run.finished]
     parts = [tag("h1", esc(title))]
-    for run in runs:
+    for run in runs[-1:] if stages else runs:
         parts += [tag("h3", esc(run.name)) if len(runs) > 1 else "", head(run, note)]
     if len(runs) == 1:
         run = runs[0]
@@ -435,8 +435,8 @@ def page(runs, title, note="not finished", stages=()):
     elif stages:
         run = runs[-1]
         parts += [stages_section(stages), algorithm(run), judge_section(run)]
-        for run in runs:
-            parts += [tag("h2", f"Curves: {esc(run.name)}"), curves([run])]
+        for stage in reversed(runs):
+            parts += [tag("h2", f"Curves: {esc(stage.name)}"), head(stage, note), curves([stage])]
         parts.append(origin(run))
     else:
         parts += [tag("h2", "Curves"), curves(runs)]
