@@ -114,7 +114,8 @@ def command(root, inputs, out, name, family, ranks):
     else:
         start += ["rlhf.py"] if (root / "rlhf.py").exists() else ["-m", "experiments.rlhf"]
     options = f"{BASICS} {options}".format(inputs=inputs, family=family, ranks=ranks, out=out).split()
-    if "judge_anyway" in (root / "recipes.py").read_text():        # what 0.2 has beyond the digits
+    table = root / "recipes.py"
+    if table.exists() and "judge_anyway" in table.read_text():      # what 0.2 has beyond the digits
         options += ["--judge_anyway", "--show_prompts=0"]
     # A scenario overrides what BASICS says.
     last = {option.partition("=")[0]: option for option in options}
