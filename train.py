@@ -224,7 +224,8 @@ class Networks:
         self.out.write_folder(name, write, weights)
         if self.rounding.kept < 0.995 and self.rounding.name != "float32":
             self.say(f"{name}/ is {self.rounding.name}: {100 * self.rounding.kept:.2g} % of the change since "
-                     f"{self.settings.model} survives rounding; --save_dtype=float32 keeps it")
+                     f"{self.settings.model} survives rounding; to keep it, remove {name}/ and give the "
+                     f"same command with --save_dtype=float32")
 
 
 def pack_pairs(pairs, query):

@@ -1,7 +1,7 @@
 """A page for every run: out_dir/report.html, one file without scripts, fonts or pictures from elsewhere.
 
     python -m support.report out/osp                   writes out/osp/report.html again
-    python -m support.report out/osp out/dpo           several runs in the same figures, in the first's folder
+    python -m support.report out/osp out/dpo           several runs in the same figures: compare.html
 
 It is made from files of out_dir alone:
 
@@ -153,7 +153,7 @@ def chart(title, lines):
         text = f"{value:,.{digits}f}" if digits < 6 else f"{value:.1e}"
         parts.append(f'<path class="grid" d="M{left},{y(value):.1f}H{width - 8}"/>' + tag(
             "text", text, x=left - 5, y=f"{y(value) + 3:.1f}", text_anchor="end"))
-    for step in ticks(first, last):
+    for step in sorted({int(step) for step in ticks(first, last)} | {first}):
         parts.append(tag("text", f"{step:,.0f}", x=f"{x(step):.1f}", y=height - 8, text_anchor="middle"))
     keys = []
     for number, (label, points) in enumerate(lines.items()):
@@ -190,7 +190,8 @@ def curves(runs):
         for run in runs:
             before = f"{run.name}: " if len(runs) > 1 else ""
             for name in names.split():
-                for key, words in ((name, name), (f"eval_{name}", f"{name}, held out")):
+                measured = name if name in ("win", "reward") else f"{name}, held out"
+                for key, words in ((name, name), (f"eval_{name}", measured)):
                     points = run.series(key)
                     if any(value for _, value in points):
                         lines[before + words.replace("_", " ")] = points
@@ -207,7 +208,10 @@ def change(run, name):
     held_out = run.series(f"eval_{name}")
     if len(held_out) > 1:
         return held_out[0][1], held_out[-1][1]
-    values = [value for _, value in run.series(name)] or [value for _, value in held_out]
+    points = run.series(name) or held_out
+    if name == "accuracy" and len(points) > 1:         # before the first update all margins are 0
+        points = points[1:]
+    values = [value for _, value in points]
     if not values:
         return None
     n = max(len(values) // 10, 1)
@@ -220,8 +224,10 @@ def head(run, note):
     for name in HEADLINE:
         both = change(run, name)
         if both:
+            asked = len({row["place"] for row in run.answers})
+            of = f", {asked} prompts" if name in ("win", "reward") and asked else ""
             tiles.append(tag("div", tag("b", f"{figure(both[0])} → {figure(both[1])}") +
-                             tag("span", WORDS.get(name, name)), class_="tile"))
+                             tag("span", WORDS.get(name, name) + of), class_="tile"))
     data = config.get("data") or config.get("prompts") or []
     facts = [f"{config.get('recipe')} of {config.get('model')}",
              f"on {', '.join(config.get('prompts') or data)}" if data else "",
@@ -330,14 +336,15 @@ def before_and_after(run):
         asked = tag("bdi", esc(old["prompt"]), class_="text")
         after = words(new) if "marks" in new else marked_changes(old["text"], new["text"])
         cells = [asked, words(old) + tag("small", worth[0]), after + tag("small", worth[1])]
-        rows.append(cells + ([f"{new['win']:.2f}"] if "win" in new else ["–"]))
+        rows.append(cells + ([f"{new['win']:.2f}"] if "win" in new else []))
     kind = "held-out prompts" if all(line.get("held_out") for line in run.answers) else \
         "prompts of the training data, for there are no held-out ones"
-    head = ["prompt", f"step {first:,}", f"step {last:,}, changes marked", "p(new ≻ old)"]
+    judged = ["p(new ≻ old)"] if any("win" in line for line in run.answers) else []
+    head = ["prompt", f"step {first:,}", f"step {last:,}, changes marked", *judged]
     legend = f" {LEGEND}" if any("marks" in line for line in run.answers) else ""
     return (tag("h2", "Before and after") +
             tag("p", f"The same {kind}, answered with the same random numbers.{legend}") +
-            table(head, rows, class_="answers"))
+            table(head, rows, class_="answers" if judged else "stages"))
 
 
 def stages_section(rows):
@@ -454,9 +461,10 @@ def page(runs, title, note="not finished", stages=()):
 
 
 def write(folders, note="not finished", title=None, place=None, stages=()):
-    """Write report.html into the folder `place`, or else the first of the runs' folders; returns its path."""
+    """Write report.html into the run's folder or `place`; of several runs compare.html into the first one's.
+    Returns its path."""
     runs = [Run(folder) for folder in folders]
-    path = Path(place or runs[0].folder) / "report.html"
+    path = Path(place or runs[0].folder) / ("report.html" if place or len(runs) == 1 else "compare.html")
     disk.write_file(path, page(runs, title or ", ".join(run.name for run in runs), note, stages))
     return path
 
