@@ -26,6 +26,9 @@ from support import cli, formats
 from support.cli import InputError, setting
 from support.ranks import pick_device
 
+NOT_FINITE = ("the model's logits are not finite, so nothing can be sampled: its weights are damaged, or "
+              "training has diverged; a lower --lr or --grad_clip may help.")
+
 
 @dataclass
 class Sample:
@@ -57,7 +60,10 @@ def choose(logits, uniform, temperature, top_p):
     row, ids = (probabilities > (1 - top_p) / (2 * V)).nonzero(as_tuple=True)
     counts = row.bincount(minlength=R)
     start = counts.cumsum(0) - counts
-    kept = probabilities.new_zeros(R, max(counts.tolist()))
+    sizes = counts.tolist()
+    if not min(sizes):
+        raise InputError(NOT_FINITE)
+    kept = probabilities.new_zeros(R, max(sizes))
     kept[row, torch.arange(len(row), device=row.device) - start[row]] = probabilities[row, ids]
     falling, order = kept.sort(stable=True, dim=-1, descending=True)
     reached = falling.cumsum(-1)                                   # mass of the 1, 2, … most probable
@@ -77,8 +83,7 @@ def prefill(net, prompts, k, max_tokens):
     last = torch.stack([path[-1] for path in prompts.paths]).to(hidden.device)
     logits = net.head(hidden[last]).repeat_interleave(k, 0)
     if not logits.isfinite().all():
-        raise InputError("the model's logits are not finite, so nothing can be sampled: its weights are "
-                         "damaged, or training has diverged; a lower --lr or --grad_clip may help.")
+        raise InputError(NOT_FINITE)
     return logits, cache
 
 

@@ -1,4 +1,4 @@
-"""Online self-preferring and self-refined alignment: one update, and the loop around it.
+"""Online self-preferring and self-refined alignment: one update, in full.
 
     torchrun train.py                                        the embedded world: base, SFT, judge, OSP
     torchrun train.py --recipe=sft --model=DIR --data=FILE --out_dir=out/sft
@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 2 train.py …                   the same on two ranks
 
 Read Trainer.update first, and from there rollout (paper 2, algorithm 1), learn, pair_loss, margin. How
-weights are split over ranks (FSDP2) stands before it, the loop over steps after it. The methods: recipes.py.
+weights are split over ranks (FSDP2) stands before it. The loop over steps: support/loop.py. The methods, and
+what is made of fresh responses: recipes.py.
 
 Left out on purpose: configuration files, trackers (out_dir/metrics.jsonl has one JSON object per step), job
 schedulers. Everything random is a pure function of (seed, step, row), so a run can be split over ranks or
@@ -106,7 +107,8 @@ class Networks:
                 raise InputError(f"{folder} and {s.model} have different tokenizers; "
                                  f"a run's models share one.")
         if s.micro_batch_size is None:
-            s.micro_batch_size = memory.micro_batch_size(s, model.checked_network)
+            fits = memory.micro_batch_size(s, model.checked_network)
+            s.micro_batch_size = -self.ranks.largest(-fits)       # evaluation makes as many rounds on all
         if self.tokenizer.chat_template:                               # which may write the date
             self.tokenizer.chat_template.now = datetime.datetime.fromisoformat(self.out.started)
         self.rounding = hf.Rounding(s.model, s.save_dtype)
@@ -222,9 +224,9 @@ class Networks:
         count = sum("lora_" not in name for name, _ in self.policy.named_parameters())
         weights = cli.progress(model.merged(self.policy, whole_tensor), f"saving {name}", count)
         self.out.write_folder(name, write, weights)
-        if self.rounding.kept < 0.995 and self.rounding.name != "float32":
-            self.say(f"{name}/ is {self.rounding.name}: {100 * self.rounding.kept:.2g} % of the change since "
-                     f"{self.settings.model} survives rounding; to keep it, remove {name}/ and give the "
+        if self.rounding.kept < 0.995 and self.rounding.name != "float32" and name == "final":
+            self.say(f"final/ is {self.rounding.name}: {100 * self.rounding.kept:.2g} % of the change since "
+                     f"{self.settings.model} survives rounding; to keep it, remove final/ and give the "
                      f"same command with --save_dtype=float32")
 
 
@@ -248,10 +250,11 @@ class Sampling(Networks):
         """A gathered network's K responses (rso: its candidates) to each of this rank's prompts, which stand
         at the places first, first + ranks, …: lists of Samples, a pure function of (seed, step, place)."""
         s, limits = self.settings, self.data
+        frozen = k is None and self.recipe.responses != "policy"         # the page's k asks the policy itself
         k, places = k or s.candidates or s.k, [first + i * self.ranks.size for i in range(len(prompts))]
         longest = max((len(query.x) for query in prompts), default=0) + k * limits.max_tokens
         size = prompts_at_a_time(self.policy, self.dtype.itemsize, longest)
-        with model.without_adapters(net if self.recipe.responses != "policy" else None):
+        with model.without_adapters(net if frozen else None):
             samples = list(sample.sample_prompts(
                 model.in_compute_dtype(net, self.dtype), [query.x for query in prompts], k, limits.max_tokens,
                 s.seed, step, self.stop_ids, self.allowed, s.temperature, s.top_p,

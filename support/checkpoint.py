@@ -4,6 +4,7 @@
     out_dir/log.txt              what the run has printed
     out_dir/metrics.jsonl        a line per step; after it one of the step's evaluation, if there was one
     out_dir/rollouts.jsonl       online: each judged pair as a data row; one file per rank
+    out_dir/groups.jsonl, answers.jsonl, report.html     the run's page and what it is made of
     out_dir/checkpoint/step-N/   sharded safetensors (torch.distributed.checkpoint) and state.json
     out_dir/final/               a Hugging Face folder
     out_dir/best/                with --keep_best: the same, of the step with the best evaluation so far
@@ -49,7 +50,7 @@ START = {"step": 0, "skipped": 0, "consecutive_skips": 0}
 # Settings that may change without changing what is computed, but for rounding.
 FREE = set("out_dir resume keep save_every save_minutes sample_every eval_every device micro_batch_size "
            "reference_cache checkpoint_activations replicas dry_run device_memory inputs "
-           "judge_anyway keep_best save_dtype started".split())
+           "judge_anyway keep_best save_dtype started rank_minutes report_every".split())
 # One process needs no process group.
 warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
 
@@ -215,7 +216,7 @@ class OutDir:
                                  "ranks": self.ranks.size}, indent=2, ensure_ascii=False)
             disk.write_file(self.path / "config.json", config + "\n")
             for lines in line_files(self.path):
-                disk.keep_records(lines, step)
+                disk.keep_records(lines, step or -1)
             if isinstance(sys.stdout, cli.Stdout):
                 sys.stdout.log_to(self.path / "log.txt")
         except OSError as error:

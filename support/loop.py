@@ -85,8 +85,8 @@ class Loop:
             left = cli.duration(pace * (self.trainer.steps - step))
             try:
                 report.write([self.out.path], f"about {left} to go")
-            except OSError as error:
-                self.trainer.say(f"\nreport.html was not written: {error.strerror}")
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                self.trainer.say(f"\nreport.html was not written: {error}")
 
     def save_or_stop(self, step):
         """Save where it is due: by steps, by time, at the end, on a signal; then leave, if asked to."""

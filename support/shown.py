@@ -57,7 +57,9 @@ class Shown:
         rows = [{"place": place, "prompt": prompt, "held_out": held_out, "text": one.text,
                  "finished": one.finished} | self.truth(prompt, one.text)
                 for place, prompt, one, held_out in asked]
-        self.start = self.start or self.first_answers() or {row["place"]: row["text"] for row in rows}
+        # At step 0 the files may hold what other ranks have written already.
+        own = {row["place"]: row["text"] for row in rows}
+        self.start = self.start or (own if step == 0 else self.first_answers() or own)
         if prefer:
             for row, p in zip(rows, prefer([(row["prompt"], row["text"], self.start[row["place"]])
                                             for row in rows])):

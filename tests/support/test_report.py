@@ -161,6 +161,15 @@ def test_a_run_keeps_what_its_page_shows(tmp_path):
     assert (tmp_path / "shown" / "report.html").exists()
 
 
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "osp"])
+def test_the_page_asks_the_adapted_policy(recipe, tmp_path):
+    """Under adapters the answers move with them, though reference and judge are the same network."""
+    tiny.run(tiny.world(tmp_path), tmp_path / "out", recipe=recipe, show_prompts=4, lora_rank=4, lr=0.1)
+    texts = {step: [row["text"] for row in report.Run(tmp_path / "out").answers if row["step"] == step]
+             for step in (0, 3)}
+    assert len(texts[0]) == 4 and texts[0] != texts[3]
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
