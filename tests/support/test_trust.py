@@ -254,7 +254,7 @@ def test_a_fill_goes_on(world, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.processes
 def test_an_interrupt_while_it_loads(world, tmp_path):
-    """In the middle of torch's import. (Started where SIGINT is ignored, as by nohup, a process ignores it.)"""
+    """In the middle of torch's import. (Where SIGINT is ignored, as after nohup, this cannot be tried.)"""
     running = tiny.launch(tiny.typed(settings(world, tmp_path, steps=10 ** 5)))
     tiny.until(lambda: "libtorch" in Path(f"/proc/{running.pid}/maps").read_text())
     running.send_signal(signal.SIGINT)
