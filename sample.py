@@ -266,6 +266,7 @@ def main(settings):
             print(stream.push(token), end="", flush=True)
 
     def ask(talks, k, turn, places):
+        """K answers to each talk's next turn, as formats.take_turns asks for them."""
         ids = [first[place] for place in places] if turn == 0 else encode(
             [(question.after(said), question.where) for question, said in talks], True)
         temperature = talks[0][0].temperature if s.temperature is None else s.temperature

@@ -37,7 +37,7 @@ from support.cli import InputError
 from support.health import SKIPS, no_hope
 from support.loop import Loop
 from support.memory import prompts_at_a_time
-from support.metrics import Log, learning_rate, shown
+from support.metrics import Log, learning_rate, samples_text
 from support.reference_cache import ReferenceCache
 from support.shown import Shown
 
@@ -114,7 +114,7 @@ class Networks:
         self.rounding = hf.Rounding(s.model, s.save_dtype)
 
     def load_policy(self):
-        # Under adapters the base is frozen: it needs no masters.
+        """What is trained. Under adapters its base is frozen: that needs no masters."""
         s = self.settings
         self.policy = self.load(s.model, self.dtype if s.lora_rank else self.masters, trained=True)
         self.policy.compute_dtype = self.dtype
@@ -250,15 +250,13 @@ class Sampling(Networks):
         """A gathered network's K responses (rso: its candidates) to each of this rank's prompts, which stand
         at the places first, first + ranks, …: lists of Samples, a pure function of (seed, step, place)."""
         s, limits = self.settings, self.data
-        frozen = k is None and self.recipe.responses != "policy"         # the page's k asks the policy itself
         k, places = k or s.candidates or s.k, [first + i * self.ranks.size for i in range(len(prompts))]
         longest = max((len(query.x) for query in prompts), default=0) + k * limits.max_tokens
-        size = prompts_at_a_time(self.policy, self.dtype.itemsize, longest)
-        with model.without_adapters(net if frozen else None):
-            samples = list(sample.sample_prompts(
-                model.in_compute_dtype(net, self.dtype), [query.x for query in prompts], k, limits.max_tokens,
-                s.seed, step, self.stop_ids, self.allowed, s.temperature, s.top_p,
-                rooms=[limits.max_length - len(query.x) for query in prompts], places=places, at_a_time=size))
+        size = prompts_at_a_time(memory.Shape(self.policy), self.dtype.itemsize, longest)
+        samples = list(sample.sample_prompts(
+            model.in_compute_dtype(net, self.dtype), [query.x for query in prompts], k, limits.max_tokens,
+            s.seed, step, self.stop_ids, self.allowed, s.temperature, s.top_p,
+            rooms=[limits.max_length - len(query.x) for query in prompts], places=places, at_a_time=size))
         for one in (one for group in samples for one in group):
             one.text = sample.response_text(self.tokenizer, one)
         return samples
@@ -283,13 +281,14 @@ class Sampling(Networks):
         every = self.settings.sample_every
         if every and step % every == 0 and judged:
             context = data.context_text(prompts[0].row.prompt)
-            self.say(shown(step, context, [one.text for one in samples[0]], *judged[0]))
+            self.say(samples_text(step, context, [one.text for one in samples[0]], *judged[0]))
         if self.recipe.has_judge and self.shown.is_due(step):
-            self.shown_pairs = [example_of(*one) for one in fresh if one[0] is prompts[0] and one[2]]
-            known = [{"margin": h} for h in self.margins(self.shown_pairs)]
-            if verdicts:
-                self.shown.keep(step, data.context_text(prompts[0].row.prompt), samples[0], *judged[0],
-                                verdicts[1], known)
+            scores, pairs = judged[0] if judged and self.ranks.rank == 0 else ([], [])
+            self.shown_pairs = [example_of(*one) for one in fresh[:len(pairs)]]        # the first prompt's
+            margins = self.margins(self.shown_pairs)
+            if scores and verdicts:                 # of the first pass: on each answer alone, on the pairs
+                self.shown.keep(step, data.context_text(prompts[0].row.prompt), samples[0], scores, pairs,
+                                verdicts[1], margins)
 
     @torch.no_grad()
     def margins(self, pairs):
@@ -374,7 +373,8 @@ class Trainer(Sampling):
             self.attach_cached(reference)
         elif reference:
             self.reference = self.load_frozen(reference)
-        self.sampler = self.policy if self.recipe.responses == "policy" else self.reference
+        self.frozen_sampler = None if self.recipe.responses == "policy" else self.reference
+        self.sampler = self.frozen_sampler or self.policy
         self.optimizer, self.state = self.make_optimizer(), dict(START)
         self.shown = Shown(self.out, self.ranks, s.show_prompts and self.steps)
         self.log, self.started = self.new_log(), time.perf_counter()
@@ -413,7 +413,7 @@ class Trainer(Sampling):
         judged, verdicts = [], []                           # per prompt: (K scores, [(i, j, p)])
         with gathered(self.sampler, self.judge):            # whole weights: forwards need no other rank
             # 1. Sample K responses to each prompt (osp: from the policy).
-            with self.log.timed("sample_seconds"):
+            with self.log.timed("sample_seconds"), model.without_adapters(self.frozen_sampler):
                 samples = self.sample_prompts(self.sampler, step, prompts, first)
             with self.log.timed("judge_seconds"), model.without_adapters(self.judge):
                 for judge_pass in self.ranking_passes(prompts, samples):

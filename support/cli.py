@@ -256,6 +256,7 @@ class Stdout:
         self.pass_on(self.stream.flush)
 
     def pass_on(self, work, *given):
+        """Do it on the stream itself; the first time that fails, /dev/null takes the stream's place."""
         try:
             work(*given)
         except OSError as error:

@@ -121,11 +121,10 @@ class Job:
         return sizes
 
     def sampling(self):
-        """As many prompts at a time as train.py takes: their cache takes as much as the weights, or 1 GiB."""
+        """The cache and the logits of as many prompts as are sampled together."""
         tokens = self.prompt + self.samples * self.response
         cache = self.policy.layers * self.policy.kv * self.c
-        most = max(self.policy.whole * self.c, GIB)
-        prompts = min(self.prompts, max(int(most // (tokens * cache)), 1))
+        prompts = min(self.prompts, prompts_at_a_time(self.policy, self.c, tokens))
         return {"gathered": self.gathered * self.c,
                 "cache": prompts * (tokens + self.prompt) * cache,           # prompts are laid out once more
                 "logits": prompts * self.samples * self.policy.vocab * 16}   # sorted, probabilities, sums
@@ -145,13 +144,10 @@ class Job:
         return sum(self.stays().values()) + sums[worst] + LIBRARIES, worst
 
 
-def prompts_at_a_time(net, itemsize, tokens):
+def prompts_at_a_time(shape, itemsize, tokens):
     """How many prompts of so many tokens, samples included, are sampled together: the more, the less often
     the weights are read for one token per row. Their cache may take as much as the weights, or 1 GiB."""
-    config = net.config
-    weights = itemsize * sum(weight.numel() for weight in net.parameters())
-    cache = itemsize * tokens * 2 * config.layers * config.kv_heads * config.head_dim
-    return max(max(weights, GIB) // cache, 1)
+    return max(max(itemsize * shape.whole, GIB) // (itemsize * tokens * shape.layers * shape.kv), 1)
 
 
 # From the cheapest to what changes the training.

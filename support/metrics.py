@@ -89,7 +89,7 @@ def is_best(path, name):
     return last is not None and all(sign * last > sign * value for value in before if value is not None)
 
 
-def shown(step, context, texts, strengths, pairs):
+def samples_text(step, context, texts, strengths, pairs):
     """A prompt with its samples, from the best down, and the pairs made of them, for people to read."""
     order = sorted(range(len(texts)), key=lambda i: -strengths[i])
     lines = [f"  {rank}. p(y ≻ ∅) = {strengths[i]:.3f}  {texts[i]!r}" for rank, i in enumerate(order, 1)]

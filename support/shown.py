@@ -31,8 +31,8 @@ class Shown:
         answers = [{"text": one.text, "finished": one.finished, "strength": p} | self.truth(prompt, one.text)
                    for one, p in zip(samples, scores)]
         orders = zip(verdicts.first_at_a.tolist(), verdicts.first_at_b.tolist())
-        asked = [{"first": i, "second": j, "p": p, "at_a": a, "at_b": b} | known
-                 for (i, j, p), (a, b), known in zip(pairs, orders, margins or [{}] * len(pairs))]
+        asked = [{"first": i, "second": j, "p": p, "at_a": a, "at_b": b, "margin": h}
+                 for (i, j, p), (a, b), h in zip(pairs, orders, margins)]
         self.group = [{"step": step + 1, "prompt": prompt, "answers": answers, "pairs": asked}]
 
     def write_group(self, margins):

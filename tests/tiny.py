@@ -72,6 +72,18 @@ def pairs(n, seed=0):
     return rows
 
 
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
 def write_jsonl(path, rows):
     """The rows as a .jsonl file -> str path, as command lines take it."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -13,6 +13,7 @@ from support.chats import FORMATS
 from support.cli import InputError
 from support.rows import ASSISTANT, Row, Unusable, read_rows
 from support.template import ChatTemplate
+from tiny import assistant, system, user
 
 DATA = Path(os.environ.get("OSPREY_DATA") or Path(__file__).parents[3] / "shared/data")
 
@@ -77,18 +78,6 @@ def in_turns(prompt, name):
 
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
 
 
 HH = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Bye\n\nAssistant:"

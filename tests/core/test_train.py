@@ -16,7 +16,7 @@ import model
 import sample
 import tiny
 import train
-from support import cli, loop
+from support import cli, loop, memory
 from support.checkpoint import OutDir
 from support.cli import InputError
 from support.ranks import StopSignal
@@ -131,12 +131,11 @@ def test_sampling_prompt_by_prompt_is_sampling_together(world, tmp_path, monkeyp
 def test_prompts_sampled_together_fit_into_memory():
     """Keys and values of so many prompts with all their responses stay within 1 GiB, or what the weights
     take; one prompt more does not; never none."""
-    config = model.parse_config(tiny.FAMILIES["llama"] | {"vocab_size": 64})
     for weights, room in ((1000, 1 << 30), (1 << 28, 1 << 31)):
-        net = SimpleNamespace(config=config, parameters=lambda: [torch.empty(weights, device="meta")])
+        shape = SimpleNamespace(whole=weights, layers=2, kv=2 * 2 * 8)
         for tokens in (100, 5000, 10**9):
             each = tokens * 2 * 2 * 2 * 8 * 8                # K and V, layers, heads, their width, bytes
-            count = train.prompts_at_a_time(net, 8, tokens)
+            count = memory.prompts_at_a_time(shape, 8, tokens)
             assert count >= 1 and (count + 1) * each > room and (count * each <= room or count == 1)
 
 

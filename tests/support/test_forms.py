@@ -16,18 +16,7 @@ import tiny
 from support.cli import InputError
 from support.forms import ROLES, Keys, Unusable
 from support.rows import read_data, read_row, read_rows
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
+from tiny import assistant, system, user
 
 
 def human(text):

@@ -11,6 +11,7 @@ import pytest
 
 from support.cli import InputError
 from support.rows import ASSISTANT, hh_prompt, hh_text, json_records, read_data, read_rows, recognise
+from tiny import assistant, system, user
 
 DATA = Path(os.environ.get("OSPREY_DATA") or Path(__file__).parents[3] / "shared/data")
 
@@ -19,18 +20,6 @@ def shared(path):
     if not (DATA / path).exists():
         pytest.skip(f"{DATA / path} is not here; OSPREY_DATA names the folder of the shared data")
     return DATA / path
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
 
 
 def write(path, *records):
